@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""rtpind keeps every thread of realtime KVM guests on its pCPUs and at its priority."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The nouns that every stage shares: threads, guests, what they have, and the snapshot of them all.
+
+Values only: nothing here decides, and nothing here touches the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from rtpind.core.cpuset import NO_CPUS, CpuSet
+
+
+class Role(StrEnum):
+    """What a thread is to its guest. ``emulator`` is whatever is none of the others."""
+
+    VCPU = "vcpu"
+    EMULATOR = "emulator"
+    IOTHREAD = "iothread"
+    VHOST = "vhost"
+    PIT = "pit"
+
+
+class Sched(StrEnum):
+    """A scheduling policy of sched(7); EXT is sched_ext."""
+
+    OTHER = "other"
+    FIFO = "fifo"
+    RR = "rr"
+    BATCH = "batch"
+    IDLE = "idle"
+    DEADLINE = "deadline"
+    EXT = "ext"
+
+
+REALTIME = frozenset({Sched.FIFO, Sched.RR})
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduling:
+    """A policy, its realtime priority (1–99 for FIFO and RR, else 0), and SCHED_RESET_ON_FORK."""
+
+    sched: Sched = Sched.OTHER
+    priority: int = 0
+    reset_on_fork: bool = False
+
+    @property
+    def realtime(self) -> bool:
+        """Whether the thread is FIFO or RR."""
+        return self.sched in REALTIME
+
+    def __str__(self) -> str:
+        return f"{self.sched}:{self.priority}" if self.realtime else str(self.sched)
+
+
+OTHER = Scheduling()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Affinity and scheduling of one thread, as the kernel reports them."""
+
+    cpus: CpuSet
+    scheduling: Scheduling = OTHER
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ThreadId:
+    """Who a thread is: start times (clock ticks after boot, field 22 of stat) make a reused number another thread."""
+
+    pid: int
+    pid_start: int
+    tid: int
+    start: int
+
+
+class Kind(StrEnum):
+    """How a thread belongs to its guest, which is also how that is proved again before each touch."""
+
+    QEMU = "qemu"  # listed under /proc/PID/task
+    PROCESS = "process"  # a process that libvirt put into the guest's emulator cgroup
+    KERNEL = "kernel"  # a kernel thread that names the guest's pid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thread:
+    """One thread of one guest, at one look.
+
+    ``index`` is the vCPU or iothread number. ``settled``: libvirt has moved it into its final cgroup (always
+    true of helpers). ``movable``: the kernel lets its affinity change (no PF_NO_SETAFFINITY). ``fence``: the
+    pCPUs its cpuset allows, read only when its placement was refused. ``budget``: likewise, what stands in the
+    way of FIFO.
+    """
+
+    id: ThreadId
+    guest: str
+    comm: str
+    role: Role
+    now: Placement
+    index: int | None = None
+    kind: Kind = Kind.QEMU
+    settled: bool = True
+    movable: bool = True
+    cgroup: str = ""
+    fence: CpuSet | None = None
+    budget: str = ""
+
+    @property
+    def label(self) -> str:
+        """``vcpu 0``, ``iothread 1``, ``emulator``: how people name it."""
+        return str(self.role) if self.index is None else f"{self.role} {self.index}"
+
+    @property
+    def helper(self) -> bool:
+        """Whether it is any thread but a vCPU."""
+        return self.role is not Role.VCPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guest:
+    """A running guest: libvirt's domain, proved to be the process ``pid`` (start time ``pid_start``)."""
+
+    uuid: str
+    name: str
+    pid: int
+    pid_start: int
+    threads: tuple[Thread, ...] = ()
+    contested: tuple[str, ...] = ()  # ids that two threads claim: nobody gets them
+
+    @property
+    def process(self) -> tuple[int, int]:
+        """Pid and start time: one run of the guest; a reboot keeps it, a stop ends it."""
+        return (self.pid, self.pid_start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The host's facts at one look. Sets are of pCPUs; None means that it could not be read.
+
+    ``rt_runtime_us``: kernel.sched_rt_runtime_us, -1 is no throttling. ``throttles``: whether this kernel
+    throttles realtime threads by that value at all (before 6.12, or with RT_GROUP_SCHED). ``fair_server``: the
+    pCPUs whose fair server has a runtime; empty where the kernel has none. ``guards``: lowest FIFO priority
+    among a pCPU's rcuc, ktimers and ksoftirqd.
+    """
+
+    online: CpuSet
+    possible: CpuSet
+    isolated: CpuSet = NO_CPUS
+    siblings: Mapping[int, CpuSet] | None = None
+    rt_runtime_us: int | None = None
+    throttles: bool | None = None
+    rt_group_sched: bool | None = None
+    fair_server: CpuSet | None = None
+    guards: Mapping[int, int] | None = None
+    nice_capable: bool = True
+    kernel: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything one decision rests on. ``time``: seconds, monotonic; only differences mean anything."""
+
+    host: Host
+    guests: tuple[Guest, ...] = ()
+    time: float = 0.0
+
+    def threads(self) -> tuple[Thread, ...]:
+        """Return every thread of every guest, in the guests' order."""
+        return tuple(thread for guest in self.guests for thread in guest.threads)
