@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 #: No Linux build has more (CONFIG_NR_CPUS tops out at 8192); also bounds what a hostile list can cost.
 MAX_CPU = 8191
 
-_ITEM = re.compile(r"(\d{1,5})(?:-(\d{1,5})(?::(\d{1,5})/(\d{1,5}))?)?", re.ASCII)
+_ITEM = re.compile(r"(\d{1,18})(?:-(\d{1,18})(?::(\d{1,18})/(\d{1,18}))?)?", re.ASCII)
 
 
 class CpuListError(ValueError):

@@ -68,7 +68,10 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, order=True)
 class ThreadId:
-    """Who a thread is: start times (clock ticks after boot, field 22 of stat) make a reused number another thread."""
+    """Who a thread is: its guest's QEMU process and the thread itself, each with its start time.
+
+    Start times are clock ticks after boot (field 22 of stat): they make a reused number another thread.
+    """
 
     pid: int
     pid_start: int
@@ -84,14 +87,26 @@ class Kind(StrEnum):
     KERNEL = "kernel"  # a kernel thread that names the guest's pid
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What keeps a thread from its place: read only for threads whose placement was refused, as that costs.
+
+    ``fence``: the pCPUs its cpuset allows, ``fenced_by`` the cgroup that says so. ``rt_budget_us``: what its cpu
+    cgroup may spend realtime (RT_GROUP_SCHED), None where the kernel has no such file.
+    """
+
+    fence: CpuSet | None = None
+    fenced_by: str = ""
+    rt_budget_us: int | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thread:
     """One thread of one guest, at one look.
 
     ``index`` is the vCPU or iothread number. ``settled``: libvirt has moved it into its final cgroup (always
-    true of helpers). ``movable``: the kernel lets its affinity change (no PF_NO_SETAFFINITY). ``fence``: the
-    pCPUs its cpuset allows, read only when its placement was refused. ``budget``: likewise, what stands in the
-    way of FIFO.
+    true of helpers). ``movable``: the kernel lets its affinity change (no PF_NO_SETAFFINITY). ``cgroup``: its
+    path below the cgroup mount, for messages and for proving a PROCESS again.
     """
 
     id: ThreadId
@@ -104,8 +119,7 @@ class Thread:
     settled: bool = True
     movable: bool = True
     cgroup: str = ""
-    fence: CpuSet | None = None
-    budget: str = ""
+    limits: Limits | None = None
 
     @property
     def label(self) -> str:
@@ -127,7 +141,8 @@ class Guest:
     pid: int
     pid_start: int
     threads: tuple[Thread, ...] = ()
-    contested: tuple[str, ...] = ()  # ids that two threads claim: nobody gets them
+    contested: tuple[str, ...] = ()  # labels that two threads claim: nobody gets them
+    doubtful: tuple[str, ...] = ()  # labels that two threads claim for the first time: look again
 
     @property
     def process(self) -> tuple[int, int]:

@@ -7,12 +7,13 @@ lists are pCPUs of this host, and that no class breaks promise 1.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rtpind.core.cpuset import CpuListError, CpuSet
-from rtpind.core.document import Document, Path, Problem, read
+from rtpind.core.document import Document, Path, Problem, dotted, read
 from rtpind.core.model import Host, Role
 from rtpind.core.policy import (
     HOUSEKEEPING,
@@ -105,6 +106,23 @@ class _Reader:
         """Return a top-level mapping; one that is there but empty (all commented out) is an empty one."""
         return self.data.get(name) or {}
 
+    def known(self, section: str, name: str) -> bool:
+        """Return whether ``name`` is written in that section, or the section itself was refused or is misspelt."""
+        if section in self.data:
+            return self.written(section, name)
+        refused = [str(path[0]) for path in self.document.refused if len(path) == 1]
+        return bool(difflib.get_close_matches(section, refused, 1))
+
+    def usable(self, pool: str) -> bool:
+        """Return whether a pool's pCPUs are known; where not, that has been said."""
+        if pool == HOUSEKEEPING and not self.known("pools", pool):
+            return True
+        return pool in self.pools and bool(self.pools[pool].terms)
+
+    def sound(self, path: Path) -> bool:
+        """Return whether nothing at or below ``path`` was refused; else what follows from it is not worth saying."""
+        return not any(bad[: len(path)] == path for bad in self.document.refused)
+
     def written(self, *path: str | int) -> bool:
         """Return whether the file has that key, even with a value that was refused."""
         return path in self.document.lines
@@ -120,7 +138,7 @@ class _Reader:
         path: Path = ("pools", name)
         if isinstance(value, dict):
             value, path = value.get("cpus"), (*path, "cpus")
-        if value is None:
+        if value is None or not self.sound(path):
             return  # refused before
         try:
             cpus = parse_cpus(value)
@@ -154,17 +172,16 @@ class _Reader:
         pool = value.get("pool")
         if pool is not None and pool != HOUSEKEEPING and pool not in self.pools:
             known = ", ".join(sorted({HOUSEKEEPING, *self.pools}))
-            if not self.written("pools", pool):
+            if not self.known("pools", pool):
                 self.add((*path, "pool"), f"there is no pool '{pool}'", f"pools here: {known}")
-            pool = None
-        elif not (self.written(*path, "pool") or self.written(*path, "share_with") or "pool" in value):
+        elif pool is None and "share_with" not in value and self.sound(path):
             self.add(path, "needs a pool", "or share_with: {vcpu: 0}")
         if "share_with" in value and ("pool" in value or "exclusive" in value):
             self.add((*path, "share_with"), "share_with takes the vCPU's pCPU; pool and exclusive do not go with it")
-        if "priority" in value and not self.written(*path, "scheduler"):
+        if "priority" in value and "scheduler" not in value and self.sound(path):
             self.add((*path, "priority"), "a priority without a scheduler has no effect", "add scheduler: fifo")
         return Entry(
-            pool=pool or HOUSEKEEPING,
+            pool=pool or (HOUSEKEEPING if "share_with" in value else ""),  # "" never leaves: it is a problem
             exclusive=Exclusive(value["exclusive"]) if "exclusive" in value else None,
             share_with=value["share_with"].get("vcpu", 0) if "share_with" in value else None,
             priority=int(value.get("priority", 1)) if "scheduler" in value else 0,
@@ -173,7 +190,9 @@ class _Reader:
     def check_entry(self, path: Path, role: Role, made: GuestClass) -> None:
         """Check one written entry against the rest of its class: promise 1 within a guest, promise 7's priority."""
         entry, vcpu = made.entries[role], made.entries[Role.VCPU]
-        if entry.share_with is not None:
+        if not self.sound(path) or not self.sound((*path[:-1], Role.VCPU)):
+            pass
+        elif entry.share_with is not None:
             if role is Role.VCPU:
                 self.add((*path, "share_with"), "vCPUs do not share; other roles share with them")
             elif vcpu.exclusive is not Exclusive.THREAD:
@@ -185,15 +204,15 @@ class _Reader:
                     "take FIFO from the vCPU, or give this role a pool of its own",
                 )
         elif entry.priority and entry.exclusive is not Exclusive.THREAD:
-            what = "one pCPU for several FIFO threads" if entry.exclusive else "FIFO while it floats"
-            self.add((*path, "scheduler"), f"{what}: they would starve each other", "add exclusive: thread")
+            what = "several FIFO threads on one pCPU" if entry.exclusive else "FIFO threads that float"
+            self.add((*path, "scheduler"), f"{what} would starve each other", "say exclusive: thread")
         if entry.priority and role is Role.EMULATOR:
             self.add(
                 (*path, "scheduler"),
                 "emulator is also every thread rtpind does not know: it never gets FIFO",
                 "leave scheduler and priority out",
             )
-        if entry.priority >= UNSAFE_PRIORITY and not made.unsafe:
+        if entry.priority >= UNSAFE_PRIORITY and not made.unsafe and self.sound((*path[:-1], "unsafe")):
             self.add(
                 (*path, "priority"),
                 f"{entry.priority} is as high as the host's interrupt threads (50) and can freeze it",
@@ -211,57 +230,57 @@ class _Reader:
             if (self.written(*path, "name") and name is None) or (self.written(*path, "uuid") and uuid is None):
                 continue
             rule = Rule(number=number + 1, line=line, class_name=value["class"], name=name, uuid=uuid)
-            if rule.name is None and rule.uuid is None:
-                self.add(path, "matches nothing by itself", 'add name: or uuid:; for every guest, name: "*"')
             if rule.uuid is not None and not _UUID_GLOB.fullmatch(rule.uuid):
                 self.add((*path, "uuid"), f"{rule.uuid!r} can match no UUID", "hexadecimal digits, -, * and ?")
-            if rule.class_name != UNMANAGED and not self.written("classes", rule.class_name):
+            if rule.class_name != UNMANAGED and not self.known("classes", rule.class_name):
                 known = ", ".join(sorted({UNMANAGED, *self.section("classes")}))
                 self.add((*path, "class"), f"there is no class '{rule.class_name}'", f"classes here: {known}")
-            if seen_all is not None:
+            if rule.name is None and rule.uuid is None:
+                self.add(path, "matches nothing by itself", 'add name: or uuid:; for every guest, name: "*"')
+            elif seen_all is not None:
                 self.add(path, f"never reached: the rule on line {seen_all} matches every guest", warning=True)
-            elif rule.name in (None, "*") and rule.uuid in (None, "*"):
+            elif {rule.name, rule.uuid} in ({"*"}, {"*", None}):
                 seen_all = line
             yield rule
 
     def check_reach(self, classes: Mapping[str, GuestClass], rules: tuple[Rule, ...]) -> None:
         """Check the pools that some rule reaches: not empty, and none both exclusive and floating."""
         reached = {rule.class_name for rule in rules} & set(classes)
-        owned: dict[str, Path] = {}  # pools that are given out exclusively, and where that is written
-        floats: dict[str, Path] = {HOUSEKEEPING: ("pools", HOUSEKEEPING)}
-        for name in sorted(classes):
+        used: dict[str, Path] = {}  # by a class that a rule names, and where that is written
+        owned: dict[str, Path] = {}  # those of them that are given out exclusively
+        floats: dict[str, Path] = {}  # those that threads float in
+        for name in sorted(reached):
             for role, entry in classes[name].entries.items():
-                if entry.share_with is not None:
-                    continue
                 paths: tuple[Path, ...] = (("classes", name, role), ("classes", name, Role.EMULATOR), ("classes", name))
                 path = next(path for path in paths if self.written(*path))
-                self.check_empty(entry.pool, path, reached=name in reached)
-                if name in reached:
-                    (owned if entry.exclusive else floats).setdefault(entry.pool, path)
-        for name in sorted(set(self.pools) - {e.pool for c in classes.values() for e in c.entries.values()}):
-            self.check_empty(name, ("pools", name), reached=False)
-        self.check_empty(HOUSEKEEPING, ("pools", HOUSEKEEPING), reached=bool(reached))
+                if entry.share_with is not None or not self.usable(entry.pool) or not self.sound(path):
+                    continue
+                used.setdefault(entry.pool, path)
+                (owned if entry.exclusive else floats).setdefault(entry.pool, path)
+        for name in sorted({HOUSEKEEPING, *self.pools}):
+            if self.usable(name) and not pool_cpus(self.pools, name, self.host):
+                what = f"the pool '{name}' is empty on this host" + (
+                    f", and {dotted(used[name])} needs it" if name in used else ""
+                )
+                hint = f"isolated here: {self.host.isolated or 'none'}, online: {self.host.online}"
+                needed = name in used or (name == HOUSEKEEPING and bool(reached))
+                self.add(("pools", name), what, hint, warning=not needed)
         for own, where in sorted(owned.items()):
-            for other in sorted(floats):
+            for other in sorted(filter(self.usable, {HOUSEKEEPING, *floats})):
                 common = pool_cpus(self.pools, own, self.host) & pool_cpus(self.pools, other, self.host)
                 if common:
-                    self.collision(own, other, where, common)
+                    user = dotted(floats[other]) if other in floats else "the host"
+                    self.collision(own, other, where, common, user)
 
-    def check_empty(self, name: str, path: Path, *, reached: bool) -> None:
-        if self.written("pools", name) and not (name in self.pools and self.pools[name].terms):
-            return  # unreadable, and said so
-        if not pool_cpus(self.pools, name, self.host):
-            isolated = f"isolated here: {self.host.isolated or 'none'}, online: {self.host.online}"
-            what = "is empty on this host"
-            self.add(path, f"the pool '{name}' {what}", isolated, warning=not reached)
-
-    def collision(self, own: str, other: str, where: Path, common: CpuSet) -> None:
+    def collision(self, own: str, other: str, where: Path, common: CpuSet, user: str) -> None:
         if own == other:
-            message = f"the pool '{own}' is used both exclusively and by threads that float"
+            message = f"the pool '{own}' is exclusive here, and threads of {user} float in it"
             self.add(where, message, "a pool is one or the other: make two pools")
         elif other == HOUSEKEEPING and HOUSEKEEPING not in self.pools:
             message = f"pCPU {common} of '{own}' is housekeeping, which by default is all that is not isolated"
             self.add(where, message, "isolate it (isolcpus=), or set pools: housekeeping:")
         else:
-            message = f"pCPU {common} is in '{own}', which is exclusive, and in '{other}', where threads float"
+            message = (
+                f"pCPU {common} is in '{own}', which is exclusive here, and in '{other}', where threads of {user} float"
+            )
             self.add(where, message, "pools of these two kinds may not overlap")

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Promise 1 as a function of what the kernel answered: who may share a pCPU with a FIFO vCPU.
+
+    No thread may share a pCPU with a FIFO vCPU, unless it is of the same guest and FIFO at a higher priority.
+
+:class:`State` is kept up to date while a plan is carried out, and asked before each step, so that no prefix of a
+plan adds a violation, whatever the steps before it came to (promise 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rtpind.core.cpuset import CpuSet
+from rtpind.core.model import Placement, Role, Sched, Thread, ThreadId
+
+
+def may_share(vcpu: Thread, vcpu_now: Placement, other: Thread, other_now: Placement) -> bool:
+    """Return whether ``other`` may run where the FIFO ``vcpu`` runs."""
+    same = other.guest == vcpu.guest
+    scheduling = other_now.scheduling
+    above = scheduling.sched is Sched.FIFO and scheduling.priority > vcpu_now.scheduling.priority
+    return same and above
+
+
+class State:
+    """Where each thread is, as last read; indexed by pCPU, so that a step costs no walk over all threads."""
+
+    def __init__(self, threads: Iterable[Thread]) -> None:
+        self._threads: dict[ThreadId, Thread] = {}
+        self._now: dict[ThreadId, Placement] = {}
+        self._on: dict[int, set[ThreadId]] = {}
+        for thread in threads:
+            self._threads[thread.id] = thread
+            self.update(thread.id, thread.now)
+
+    def now(self, thread: ThreadId) -> Placement | None:
+        """Return where a thread is; None when it is gone."""
+        return self._now.get(thread)
+
+    def update(self, thread: ThreadId, now: Placement | None) -> None:
+        """Note what the kernel answered; None: the thread is gone."""
+        before = self._now.pop(thread, None)
+        if before is not None:
+            for cpu in before.cpus:
+                self._on[cpu].discard(thread)
+        if now is not None:
+            self._now[thread] = now
+            for cpu in now.cpus:
+                self._on.setdefault(cpu, set()).add(thread)
+
+    def beside(self, cpus: CpuSet, but: ThreadId) -> list[Thread]:
+        """Return the threads other than ``but`` that may run on any of ``cpus``, in a stable order."""
+        found = {id_ for cpu in cpus for id_ in self._on.get(cpu, ()) if id_ != but}
+        return [self._threads[id_] for id_ in sorted(found)]
+
+    def shares(self, vcpu: Thread, now: Placement) -> list[Thread]:
+        """Return the threads that would break promise 1 if ``vcpu`` were FIFO as in ``now``."""
+        return [
+            other for other in self.beside(now.cpus, vcpu.id) if not may_share(vcpu, now, other, self._now[other.id])
+        ]
+
+    def intrudes(self, thread: Thread, now: Placement) -> list[Thread]:
+        """Return the FIFO vCPUs beside which ``thread`` would newly, and unlawfully, run as in ``now``."""
+        before = self._now.get(thread.id)
+        fresh = now.cpus - before.cpus if before else now.cpus
+        return [
+            vcpu
+            for vcpu in self.beside(fresh, thread.id)
+            if self._fifo_vcpu(vcpu) and not may_share(vcpu, self._now[vcpu.id], thread, now)
+        ]
+
+    def violations(self) -> set[tuple[ThreadId, ThreadId]]:
+        """Return every (FIFO vCPU, thread beside it) that breaks promise 1."""
+        return {
+            (vcpu.id, other.id)
+            for vcpu in self._threads.values()
+            if vcpu.id in self._now and self._fifo_vcpu(vcpu)
+            for other in self.shares(vcpu, self._now[vcpu.id])
+        }
+
+    def _fifo_vcpu(self, thread: Thread) -> bool:
+        return thread.role is Role.VCPU and self._now[thread.id].scheduling.realtime

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What one pass teaches: memory before, what was seen, decided and done → memory after. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from rtpind.core.audit import Outcome, Result, refusal_text
+from rtpind.core.memory import FIGHT_WINDOW_S, Memory, Refusal, Wanted, conditions
+from rtpind.core.model import Placement, Snapshot, Thread, ThreadId
+from rtpind.core.placement import Decision
+from rtpind.core.plan import Phase, Plan, Reason, in_place
+
+#: A guest must have been right this long before a thread found elsewhere counts as moved by somebody: while a
+#: guest starts, libvirt itself still sets affinities.
+SETTLED_S = 0.1
+
+
+def learn(
+    memory: Memory, snapshot: Snapshot, decision: Decision, plan: Plan, outcomes: Sequence[Outcome], finished: float
+) -> Memory:
+    """Return what the daemon knows after a pass. ``finished``: monotonic seconds when the last step was read back."""
+    memory = memory.pruned(snapshot)
+    wanted = decision.wanted()
+    after = {outcome.step.thread.id: outcome.after for outcome in outcomes if outcome.after is not None}
+    applied = [outcome for outcome in outcomes if outcome.result is Result.APPLIED]
+    touched = {outcome.step.thread.id for outcome in applied}
+    refused = _refused(memory, snapshot, wanted, outcomes)
+    taught = replace(memory, refused=refused)
+    right = _right_since(taught, snapshot, decision, after, finished)
+    demoted = {outcome.step.thread.id for outcome in applied if outcome.step.phase is Phase.DEMOTE}
+    repaired = _repaired(memory, wanted, applied)
+    fights = dict(memory.fights)
+    repairs = dict(memory.repairs)
+    for id_ in repaired:
+        recent = tuple(time for time in repairs.get(id_, ()) if finished - time <= FIGHT_WINDOW_S)
+        repairs[id_] = (*recent, finished)
+    for thread in plan.fighters:
+        fights[thread.id] = memory.next_pause(thread.id, finished)
+        repairs.pop(thread.id, None)
+    return replace(
+        taught,
+        incumbents=_incumbents(memory, snapshot.threads()),
+        doubtful=frozenset((guest.process, label) for guest in snapshot.guests for label in guest.doubtful),
+        places=wanted,
+        verified=_verified(memory, snapshot, decision, right, wanted) - touched,
+        right_since=right,
+        repairs=repairs,
+        fights=fights,
+        owed=_owed(memory, snapshot.threads(), wanted, after, demoted),
+    )
+
+
+def _incumbents(memory: Memory, threads: Iterable[Thread]) -> dict[tuple[tuple[int, int], str], ThreadId]:
+    found = dict(memory.incumbents)
+    for thread in threads:
+        if thread.settled and thread.index is not None:
+            found[((thread.id.pid, thread.id.pid_start), thread.label)] = thread.id
+    return found
+
+
+def _right_since(
+    memory: Memory,
+    snapshot: Snapshot,
+    decision: Decision,
+    after: dict[ThreadId, Placement],
+    finished: float,
+) -> dict[tuple[int, int], float]:
+    """Return since when each guest's vCPUs and iothreads are all in place."""
+    found: dict[tuple[int, int], float] = {}
+    for guest in decision.guests:
+        threads = tuple(replace(thread, now=after.get(thread.id, thread.now)) for thread in guest.guest.threads)
+        process = guest.guest.process
+        if guest.state.managed and in_place(
+            replace(guest, guest=replace(guest.guest, threads=threads)), memory, snapshot.host
+        ):
+            found[process] = memory.right_since.get(process, finished)
+    return found
+
+
+def _verified(
+    memory: Memory,
+    snapshot: Snapshot,
+    decision: Decision,
+    right: dict[tuple[int, int], float],
+    wanted: dict[ThreadId, Wanted],
+) -> frozenset[ThreadId]:
+    """Return the threads that were seen on the place that is still wanted."""
+    found = {id_ for id_ in memory.verified if id_ in wanted and memory.places.get(id_) == wanted[id_]}
+    for guest in decision.guests:
+        since = right.get(guest.guest.process)
+        if since is None or snapshot.time - since < SETTLED_S:
+            continue
+        for thread in guest.guest.threads:
+            place = wanted.get(thread.id)
+            if place is not None and memory.places.get(thread.id) == place and place.holds(thread.now):
+                found.add(thread.id)
+    return frozenset(found)
+
+
+def _refused(
+    memory: Memory, snapshot: Snapshot, wanted: dict[ThreadId, Wanted], outcomes: Sequence[Outcome]
+) -> dict[ThreadId, tuple[Refusal, ...]]:
+    """Return the refusals that may still stand: those of threads not on their place, and the new ones."""
+    now = {thread.id: thread.now for thread in snapshot.threads()}
+    found = {
+        id_: entries for id_, entries in memory.refused.items() if id_ in wanted and not wanted[id_].holds(now[id_])
+    }
+    for outcome in outcomes:
+        thread = outcome.step.thread
+        if outcome.result not in (Result.REFUSED, Result.NARROWED) or thread.id not in wanted:
+            continue
+        affinity = outcome.step.cpus is not None
+        new = Refusal(
+            wanted=wanted[thread.id],
+            observed=outcome.after or outcome.before,
+            limits=outcome.limits,
+            conditions=conditions(snapshot.host),
+            affinity=affinity,
+            text=refusal_text(outcome, snapshot.host),
+        )
+        others = tuple(entry for entry in found.get(thread.id, ()) if entry.affinity is not affinity)
+        found[thread.id] = (*others, new)
+    return found
+
+
+def _repaired(memory: Memory, wanted: dict[ThreadId, Wanted], applied: Sequence[Outcome]) -> set[ThreadId]:
+    """Return the threads that were put back on a place they had already: what a fight is counted by.
+
+    FIFO that rtpind owed anyway is no repair, nor is a demotion for safety.
+    """
+    return {
+        id_
+        for outcome in applied
+        if (id_ := outcome.step.thread.id) in memory.places
+        and memory.places[id_] == wanted.get(id_)
+        and outcome.step.reason is not Reason.SAFETY
+        and not (outcome.step.phase is Phase.PROMOTE and id_ in memory.owed)
+    }
+
+
+def _owed(
+    memory: Memory,
+    threads: Iterable[Thread],
+    wanted: dict[ThreadId, Wanted],
+    after: dict[ThreadId, Placement],
+    demoted: set[ThreadId],
+) -> frozenset[ThreadId]:
+    found: set[ThreadId] = set()
+    for thread in threads:
+        place = wanted.get(thread.id)
+        if place is None or not place.priority or place.scheduled(after.get(thread.id, thread.now)):
+            continue
+        fresh = memory.places.get(thread.id) != place
+        if fresh or thread.id in demoted or thread.id in memory.owed:
+            found.add(thread.id)
+    return frozenset(found)

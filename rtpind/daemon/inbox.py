@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The inbox of the loop: what other threads and signals post, and which guests are due for another look.
+
+Posting is safe from any thread, callback or signal handler, and is all that those may do.
+"""
+
+from __future__ import annotations
+
+import heapq
+import queue
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Inbox(Generic[Item]):
+    """A queue of posted items, and a timetable of looks at guests (by UUID)."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._queue: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._due: list[tuple[float, str]] = []
+
+    def post(self, item: Item) -> None:
+        """Add an item; wakes :meth:`wait`."""
+        self._queue.put(item)
+
+    def look_in(self, seconds: float, guest: str) -> None:
+        """Have ``guest`` looked at in that time, unless a look is due before."""
+        when = self._clock() + seconds
+        if not any(other == guest and due <= when for due, other in self._due):
+            heapq.heappush(self._due, (when, guest))
+
+    def wait(self, at_most_s: float) -> list[Item]:
+        """Wait until something is posted, a look is due, or the time is over; return what was posted."""
+        if self._due:
+            at_most_s = min(at_most_s, self._due[0][0] - self._clock())
+        try:
+            found = [self._queue.get(timeout=max(at_most_s, 0)) if at_most_s > 0 else self._queue.get_nowait()]
+        except queue.Empty:
+            return []
+        while True:
+            try:
+                found.append(self._queue.get_nowait())
+            except queue.Empty:
+                return found
+
+    def take_due(self) -> set[str]:
+        """Return the guests that are due now, and take them off the timetable."""
+        now, found = self._clock(), set()
+        while self._due and self._due[0][0] <= now:
+            found.add(heapq.heappop(self._due)[1])
+        return found

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Observe: the running domains and the host → one immutable Snapshot. Threads and guests that vanish are left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from rtpind.core.identify import identify
+from rtpind.core.memory import Memory
+from rtpind.core.model import Guest, Host, Snapshot
+from rtpind.host import pidfile
+from rtpind.host.cgroup import Cgroups
+from rtpind.host.proc import Proc
+from rtpind.host.sysfs import HostFacts
+
+
+class Observer:
+    """Looks at guests. A look at some of them takes the others as they were last seen."""
+
+    def __init__(self, root: Path = Path("/"), run_dir: Path = pidfile.RUN_DIR) -> None:
+        self.proc = Proc(root)
+        self.cgroups = Cgroups(root)
+        self.facts = HostFacts(self.cgroups, self.proc, root)
+        self._run_dir = run_dir
+        self._last: dict[str, Guest] = {}
+
+    def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
+        """Return a snapshot of the guests ``domains`` (UUID → name), read anew: all of them, or ``only`` some."""
+        if only is None or not all(uuid in self._last for uuid in only):
+            self.proc.kernel_threads.scan()
+        uptime = self.proc.uptime()
+        found: dict[str, Guest] = {}
+        for uuid, name in domains.items():
+            if only is not None and uuid not in only:
+                guest = self._last.get(uuid)
+            else:
+                guest = self._guest(uuid, name, memory, uptime)
+            if guest is not None:
+                found[uuid] = guest
+        self._last = found
+        guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
+        return Snapshot(host=self.facts.read(), guests=guests, time=time.monotonic())
+
+    def host(self) -> Host:
+        """Return the host's facts alone."""
+        self.proc.kernel_threads.scan()
+        return self.facts.read()
+
+    def _guest(self, uuid: str, name: str, memory: Memory, uptime: float) -> Guest | None:
+        pid = pidfile.pid_of(name, self._run_dir)
+        seen = None if pid is None else self.proc.sightings(pid, self.cgroups, uptime)
+        if pid is None or seen is None:
+            return None
+        start, sightings = seen
+        guest = identify(
+            uuid=uuid,
+            name=name,
+            process=(pid, start),
+            sightings=sightings,
+            incumbents=memory.incumbents,
+            doubtful=memory.doubtful,
+        )
+        if not any(thread.id in memory.refused for thread in guest.threads):
+            return guest
+        threads = tuple(
+            replace(thread, limits=self.cgroups.limits(thread.id.pid, thread.id.tid, thread.kind))
+            if thread.id in memory.refused
+            else thread
+            for thread in guest.threads
+        )
+        return replace(guest, threads=threads)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reads a policy file from disk: its text, and whether it may be trusted."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from rtpind.core.document import MAX_CHARS, Problem
+from rtpind.core.model import Host
+from rtpind.core.policy import Policy
+from rtpind.core.policyfile import load
+
+DEFAULT = Path("/etc/rtpind.yaml")
+
+
+def read(path: Path, host: Host, *, strict: bool = False) -> tuple[Policy | None, list[Problem]]:
+    """Return the policy of a file, or None, and every problem. Never raises.
+
+    A file that others may write is a problem: whoever can write it can give any guest FIFO on any pCPU.
+    """
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            text = file.read(4 * MAX_CHARS).decode("utf-8")
+    except UnicodeDecodeError as error:
+        return None, [Problem(1, "", f"not UTF-8: {error.reason} at byte {error.start}")]
+    except OSError as error:
+        return None, [Problem(1, "", error.strerror or str(error), "rtpind.yaml(5) shows what belongs there")]
+    policy, problems = load(text, host, strict=strict)
+    others = [*_untrusted(status)]
+    return (None if others else policy), [*others, *problems]
+
+
+def _untrusted(status: os.stat_result) -> list[Problem]:
+    found = []
+    if stat.S_ISREG(status.st_mode) and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(status.st_mode)
+        found.append(Problem(1, "", f"others may write this file (mode {mode:04o})", "chmod go-w"))
+    if status.st_uid not in (0, os.geteuid()):
+        found.append(Problem(1, "", f"the file belongs to uid {status.st_uid}", "chown root"))
+    return found

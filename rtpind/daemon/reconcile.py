@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One pass: observe → place → plan → apply → audit. Idempotent; no loop, no waiting; the loop is :mod:`.service`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+
+from rtpind.core import plan as planning
+from rtpind.core.audit import Kind, Level, Outcome, Record, Result, guest_fields, of_outcome
+from rtpind.core.learn import learn
+from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off, Process
+from rtpind.core.memory import Memory
+from rtpind.core.model import Guest, Snapshot, Thread
+from rtpind.core.notices import fight, standing
+from rtpind.core.placement import Decision, place
+from rtpind.core.plan import Plan
+from rtpind.core.policy import Mode, Policy
+from rtpind.daemon.apply import Kernel, RealKernel, apply, pretend
+from rtpind.daemon.observe import Observer
+from rtpind.host.ledgerfile import LedgerFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What a pass knows before it acts; also what status, plan and explain show."""
+
+    snapshot: Snapshot
+    decision: Decision
+    plan: Plan
+
+
+class Reconciler:
+    """Holds what passes share: the policy, which guests run, the memory and the ledger."""
+
+    def __init__(
+        self,
+        observer: Observer,
+        ledger_file: LedgerFile,
+        emit: Callable[[Record], None],
+        *,
+        kernel: Kernel | None = None,
+        observe_only: bool = False,
+    ) -> None:
+        self.observer = observer
+        self.kernel = kernel or RealKernel(observer.proc, observer.cgroups)
+        self.file = ledger_file
+        self.emit = emit
+        self.observe_only = observe_only
+        self.policy: Policy | None = None
+        self.domains: dict[str, str] = {}  # UUID → name
+        self.memory = Memory()
+        self.ledger = Ledger()
+
+    def open_ledger(self) -> None:
+        """Read the ledger; set a damaged one aside, on record."""
+        self.ledger, trouble = self.file.read()
+        if trouble:
+            aside = self.file.set_aside()
+            text = f"the ledger is unusable and was set aside as {aside}: {trouble}; what threads had before is unknown"
+            self.emit(Record(Kind.LEDGER, text, Level.ERROR))
+        self.memory = replace(self.memory, incumbents=self.ledger.incumbents())
+
+    @property
+    def enforcing(self) -> bool:
+        """Whether passes act."""
+        return self.policy is not None and self.policy.mode is Mode.ENFORCE and not self.observe_only
+
+    def view(self, only: Collection[str] | None = None, policy: Policy | None = None) -> View:
+        """Look, and decide what should be done, by the running policy or another; changes nothing."""
+        policy = policy or self.policy
+        assert policy is not None
+        snapshot = self.observer.look(self.domains, self.memory, only)
+        decision = place(policy, snapshot, self.memory, self.ledger, time.time())
+        return View(
+            snapshot=snapshot,
+            decision=decision,
+            plan=planning.make(decision, snapshot, self.memory, policy.drift),
+        )
+
+    def run(self, only: Collection[str] | None = None) -> View:
+        """Do one pass over all guests, or ``only`` some; returns what was found and planned."""
+        assert self.policy is not None
+        view = self.view(only)
+        outcomes = self._act(view)
+        memory = self.memory
+        self.memory = learn(memory, view.snapshot, view.decision, view.plan, outcomes, time.monotonic())
+        self._say(view, outcomes)
+        self._prune(view.snapshot)
+        return view
+
+    def _act(self, view: View) -> list[Outcome]:
+        if not view.plan.steps:
+            return []
+        if not self.enforcing:
+            return pretend(view.plan)
+        touched = {step.thread.guest for step in view.plan.steps if not step.gated}
+        threads = [thread for guest in view.snapshot.guests if guest.uuid in touched for thread in guest.threads]
+        if not self._record(threads):
+            return []
+        return self._apply(view.plan, view.snapshot)
+
+    def _apply(self, plan: Plan, snapshot: Snapshot) -> list[Outcome]:
+        guests = {guest.uuid: guest for guest in snapshot.guests}
+
+        def say(outcome: Outcome) -> None:
+            record = of_outcome(outcome, guests[outcome.step.thread.guest], snapshot.host)
+            if record is not None:
+                self.emit(record)
+
+        return apply(plan, snapshot, self.kernel, say)
+
+    def _record(self, threads: Iterable[Thread]) -> bool:
+        """Write down what threads have before they are touched (promise 8); without that nothing is touched."""
+        return self._keep(self.ledger.recording(threads))
+
+    def _keep(self, ledger: Ledger) -> bool:
+        if ledger is self.ledger:
+            return True
+        try:
+            self.file.write(ledger)
+        except OSError as error:
+            text = f"the ledger cannot be written ({error}); no thread is touched that is not in it"
+            self.emit(Record(Kind.LEDGER, text, Level.ERROR))
+            return False
+        self.ledger = ledger
+        return True
+
+    def _say(self, view: View, outcomes: list[Outcome]) -> None:
+        """Send what stands now and did not before; remember what was said."""
+        assert self.policy is not None
+        guests = {guest.uuid: guest for guest in view.snapshot.guests}
+        if self.enforcing:
+            for thread in view.plan.fighters:
+                self.emit(fight(thread, guests[thread.guest], self.memory.fights[thread.id].length_s))
+        notices = dict(standing(self.policy, view.snapshot, view.decision, view.plan, self.memory, outcomes))
+        for key, record in notices.items():
+            if key not in self.memory.said:
+                self.emit(record)
+        self.memory = replace(self.memory, said=frozenset(notices))
+
+    def _prune(self, snapshot: Snapshot) -> None:
+        seen = {guest.process for guest in snapshot.guests}
+        gone = frozenset(process for process in self.ledger.processes() - seen if not self._alive(process))
+        self._keep(self.ledger.pruned(snapshot, gone, time.time()))
+
+    def _alive(self, process: Process) -> bool:
+        try:
+            return self.observer.proc.stat(process[0]).start == process[1]
+        except OSError:
+            return False
+
+    def release(self, names: Collection[str]) -> dict[str, str]:
+        """Put guests (names or UUIDs; none: all) back and leave them alone. Return name → what became of it."""
+        snapshot = self.observer.look(self.domains, self.memory)
+        guests = self._named(snapshot, names)
+        off = {guest.uuid: Off(HandsOff.RELEASED, guest.process) for guest in guests}
+        # First hands off, then put back: a crash in between must not lead to placing it again.
+        if not self._keep(replace(self.ledger, hands_off={**self.ledger.hands_off, **off})):
+            return {guest.name: "not released: the ledger cannot be written" for guest in guests}
+        plan = planning.release(guests, self.ledger)
+        outcomes = self._apply(plan, snapshot)
+        failed = {o.step.thread.guest for o in outcomes if o.result in (Result.REFUSED, Result.NARROWED)}
+        steps = {guest.uuid: sum(o.done and o.step.thread.guest == guest.uuid for o in outcomes) for guest in guests}
+        ledger = self.ledger
+        said: dict[str, str] = {}
+        for guest in guests:
+            if guest.uuid in failed:
+                said[guest.name] = "released, but not every thread could be put back (see the journal)"
+            else:
+                ledger = ledger.without(guest.process)
+                said[guest.name] = f"released, {steps[guest.uuid]} changes"
+            self._say_hands(guest, said[guest.name], "released")
+        self._keep(ledger)
+        return said
+
+    def pause(self, names: Collection[str], seconds: float | None) -> dict[str, str]:
+        """Leave guests as they are, for ``seconds`` or until managed again; no names: all, also those to come."""
+        snapshot = self.observer.look(self.domains, self.memory)
+        until = None if seconds is None else time.time() + seconds
+        guests = self._named(snapshot, names)
+        off = {guest.uuid: Off(HandsOff.PAUSED, guest.process, until) for guest in guests}
+        if not names:
+            off = {EVERYONE: Off(HandsOff.PAUSED, None, until)}
+        kept = {uuid: entry for uuid, entry in self.ledger.hands_off.items() if entry.kind is HandsOff.RELEASED}
+        if not self._keep(replace(self.ledger, hands_off={**self.ledger.hands_off, **off, **kept})):
+            return {guest.name: "not paused: the ledger cannot be written" for guest in guests}
+        return self._answer(guests, "paused", everyone=not names)
+
+    def manage(self, names: Collection[str]) -> dict[str, str]:
+        """Manage guests again that were released or paused; no names: all."""
+        snapshot = self.observer.look(self.domains, self.memory)
+        guests = self._named(snapshot, names)
+        back = {guest.uuid for guest in guests} | (set() if names else set(self.ledger.hands_off))
+        kept = {uuid: off for uuid, off in self.ledger.hands_off.items() if uuid not in back}
+        if not self._keep(replace(self.ledger, hands_off=kept)):
+            return {guest.name: "not managed: the ledger cannot be written" for guest in guests}
+        return self._answer(guests, "managed", everyone=not names)
+
+    def _answer(self, guests: Iterable[Guest], what: str, *, everyone: bool) -> dict[str, str]:
+        said = {guest.name: what for guest in guests}
+        for guest in guests:
+            self._say_hands(guest, what, what)
+        return said or ({"every guest": what} if everyone else {})
+
+    def _say_hands(self, guest: Guest, text: str, result: str) -> None:
+        fields = guest_fields(guest) | {"RESULT": result, "REASON": "rtpinctl"}
+        self.emit(Record(Kind.RELEASED, f"{guest.name}: {text}", Level.NOTICE, fields))
+
+    @staticmethod
+    def _named(snapshot: Snapshot, names: Collection[str]) -> list[Guest]:
+        """Return the guests named; raises LookupError for a name that is not there."""
+        found = {name: guest for guest in snapshot.guests for name in (guest.name, guest.uuid)}
+        missing = sorted(name for name in names if name not in found)
+        if missing:
+            raise LookupError(f"no running guest is called {', '.join(missing)}")
+        chosen = {found[name].uuid for name in names} if names else {guest.uuid for guest in snapshot.guests}
+        return [guest for guest in snapshot.guests if guest.uuid in chosen]

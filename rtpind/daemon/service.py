@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The loop: waits for events, signals and the timer, and has the reconciler do its passes.
+
+Everything happens on this one thread; libvirt, the control socket and signal handlers only post into the inbox. So
+no lock guards the state, and a libvirt that hangs delays nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rtpind.core.audit import Kind, Level, Record
+from rtpind.core.ledger import EVERYONE
+from rtpind.core.policy import HOUSEKEEPING, Policy
+from rtpind.daemon import policysource, report
+from rtpind.daemon.inbox import Inbox
+from rtpind.daemon.reconcile import Reconciler, View
+from rtpind.host import others, sched
+from rtpind.host.control import Answer, ControlServer
+from rtpind.host.hypervisor import Changed, Domain, Hypervisor, Listed, Lost
+from rtpind.host.journal import notify, watchdog_s
+
+#: Looks after an event: threads that begin late (nx-recovery at the first KVM_RUN, vhost, workers).
+_FOLLOW_UPS_S = (0.05, 0.25, 1.0, 5.0)
+#: The second look before FIFO, and the interval while libvirt still moves threads of a guest that starts.
+_AGAIN_S = 0.003
+_STARTING_S = 0.02
+_ANSWER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """A signal arrived."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A command asks something; the answer goes into ``reply``."""
+
+    request: Answer
+    reply: queue.SimpleQueue[Answer] = field(default_factory=queue.SimpleQueue)
+
+
+class Service:
+    """One run of the daemon."""
+
+    def __init__(self, reconciler: Reconciler, policy_path: Path) -> None:
+        self._reconciler = reconciler
+        self._path = policy_path
+        self._inbox: Inbox[Signalled | Asked | Listed | Changed | Lost] = Inbox()
+        self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
+        self._hypervisor: Hypervisor | None = None
+        self._libvirt = "connecting"
+        self._stopping = False
+        self._full_due = 0.0
+        self._status = ""
+        self._counts = "no pass yet"
+        self._listed_once = False
+        self._faults = 0
+
+    # --- from other threads: only post -----------------------------------------------------------------------
+
+    def _answer_from_thread(self, request: Answer) -> Answer:
+        asked = Asked(request)
+        self._inbox.post(asked)
+        try:
+            return asked.reply.get(timeout=_ANSWER_S)
+        except queue.Empty:
+            return {"error": "the daemon is busy"}
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._inbox.post(Signalled(number))
+
+    # --- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self, policy: Policy) -> int:
+        """Run until SIGTERM or SIGINT; return the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        self._adopt(policy)
+        self._hypervisor = Hypervisor(policy.uri, self._inbox.post)
+        self._hypervisor.start()
+        self._control.start()
+        self._say(Kind.DAEMON, f"started, {self._mode()}, policy {self._path}", Level.NOTICE)
+        notify(READY="1", STATUS=f"{self._mode()}; connecting to libvirt")
+        patience = watchdog_s()
+        longest = patience / 3 if patience else 3600.0
+        while not self._stopping:
+            notify(WATCHDOG="1")
+            period = self._policy().period_s
+            wait = min(longest, max(self._full_due - time.monotonic(), 0), period)
+            self._turn(self._inbox.wait(wait))
+        notify(STOPPING="1", STATUS="stopping; guests stay as they are")
+        self._say(Kind.DAEMON, "stopped; guests stay as they are", Level.NOTICE)
+        self._control.stop()
+        self._hypervisor.stop()
+        return 0
+
+    def _turn(self, items: list[Signalled | Asked | Listed | Changed | Lost]) -> None:
+        """Take what was posted, then do the passes that are due. The one place where a fault is caught."""
+        try:
+            for item in items:
+                self._take(item)
+            due = self._inbox.take_due()
+            if time.monotonic() >= self._full_due:
+                self._full()
+            elif due & self._reconciler.domains.keys():
+                self._pass(due & self._reconciler.domains.keys())
+        except Exception as error:
+            self._faults += 1
+            self._say(Kind.FAULT, f"a fault in rtpind, the pass was given up: {error!r}", Level.ERROR)
+            self._full_due = max(self._full_due, time.monotonic() + 1.0)
+
+    def _take(self, item: Signalled | Asked | Listed | Changed | Lost) -> None:
+        match item:
+            case Signalled(number):
+                if number == signal.SIGHUP:
+                    self._reload()
+                else:
+                    self._stopping = True
+            case Asked(request, reply):
+                reply.put(self._answer(request))
+            case Listed(domains, fresh):
+                self._listed(domains, fresh)
+            case Changed(domain, what):
+                self._changed(domain, what)
+            case Lost(why):
+                self._libvirt = "away"
+                text = f"libvirt is away ({why}); the guests known are kept in place, and it is tried again"
+                self._say(Kind.LIBVIRT, text, Level.WARNING)
+                self._tell()
+
+    def _full(self) -> None:
+        """Look at everything, and have libvirt asked who runs: the net under all events."""
+        assert self._hypervisor is not None
+        self._full_due = time.monotonic() + self._policy().period_s
+        if self._libvirt == "connected":
+            self._hypervisor.relist()
+        if self._listed_once:  # before that there is nothing to look at, and nothing to forget
+            self._pass(None)
+
+    def _pass(self, only: set[str] | None) -> None:
+        view = self._reconciler.run(only)
+        for uuid in view.plan.again:
+            gated = any(step.gated and step.thread.guest == uuid for step in view.plan.steps)
+            if self._reconciler.enforcing or not gated:
+                self._inbox.look_in(_AGAIN_S if gated else _STARTING_S, uuid)
+        if view.plan.steps and self._reconciler.enforcing:
+            # Steps were taken: the place they reached is looked at again, and FIFO follows.
+            for uuid in {step.thread.guest for step in view.plan.steps}:
+                self._inbox.look_in(_AGAIN_S, uuid)
+        self._tell(view)
+
+    # --- events -----------------------------------------------------------------------------------------------
+
+    def _listed(self, domains: tuple[Domain, ...], fresh: bool) -> None:
+        self._listed_once = True
+        known = self._reconciler.domains
+        self._reconciler.domains = {domain.uuid: domain.name for domain in domains}
+        if fresh:
+            self._libvirt = "connected"
+            self._say(Kind.LIBVIRT, f"connected to libvirt, {len(domains)} guests run", Level.INFO)
+            self._full_due = 0.0
+        for uuid in self._reconciler.domains.keys() - known.keys():
+            self._inbox.look_in(0, uuid)
+
+    def _changed(self, domain: Domain, what: str) -> None:
+        if what == "stopped":
+            # Only the pid file's lock says whether it is gone; a reboot keeps the process (promise 4.4).
+            self._inbox.look_in(0, domain.uuid)
+            self._full_due = min(self._full_due, time.monotonic() + 0.05)
+            return
+        self._reconciler.domains = {**self._reconciler.domains, domain.uuid: domain.name}
+        for seconds in (0.0, *_FOLLOW_UPS_S):
+            self._inbox.look_in(seconds, domain.uuid)
+
+    def _reload(self) -> None:
+        """Read the policy again; a bad one is refused and the running one stays (promise 6)."""
+        notify(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000))
+        host = self._reconciler.observer.host()
+        policy, problems = policysource.read(self._path, host)
+        for problem in problems:
+            kind, level = (Kind.POLICY, Level.WARNING) if problem.warning else (Kind.POLICY_BAD, Level.ERROR)
+            self._say(kind, problem.text(str(self._path)), level, LINE=str(problem.line), REASON="reload")
+        if policy is None:
+            self._say(Kind.POLICY_BAD, f"{self._path} has problems; the running policy stays", Level.ERROR)
+        else:
+            self._adopt(policy)
+            self._say(Kind.POLICY, f"{self._path} read again, {self._mode()}", Level.NOTICE)
+            self._full_due = 0.0
+        notify(READY="1")
+
+    def _adopt(self, policy: Policy) -> None:
+        self._reconciler.policy = policy
+        host = self._reconciler.observer.host()
+        own = policy.pool(HOUSEKEEPING, host)
+        if own:
+            for thread in threading.enumerate():
+                if thread.native_id is not None and os.sched_getaffinity(thread.native_id) != set(own):
+                    sched.set_affinity(thread.native_id, own)
+
+    # --- commands ---------------------------------------------------------------------------------------------
+
+    def _answer(self, request: Answer) -> Answer:
+        names = [str(name) for name in request.get("guests") or []]
+        try:
+            match request.get("do"):
+                case "status":
+                    return {"ok": self._report()}
+                case "explain":
+                    return self._explain(names)
+                case "release":
+                    done = self._reconciler.release(names)
+                case "pause":
+                    seconds = request.get("seconds")
+                    done = self._reconciler.pause(names, None if seconds is None else float(seconds))
+                case "manage":
+                    done = self._reconciler.manage(names)
+                case unknown:
+                    return {"error": f"this daemon does not know {unknown!r}"}
+        except (LookupError, ValueError) as error:
+            return {"error": str(error.args[0] if error.args else error)}
+        self._full_due = 0.0
+        return {"ok": {"version": report.VERSION, "guests": done}}
+
+    def _report(self) -> dict[str, Any]:
+        view = self._reconciler.view()
+        return report.status(
+            view.snapshot,
+            others=others.facts(),
+            policy=self._policy(),
+            decision=view.decision,
+            memory=self._reconciler.memory,
+            daemon=self._about(),
+        )
+
+    def _explain(self, names: list[str]) -> Answer:
+        view = self._reconciler.view()
+        for guest in view.decision.guests:
+            if names and names[0] in (guest.guest.name, guest.guest.uuid):
+                return {"ok": report.explain(guest, view.decision, self._policy(), view.snapshot)}
+        return {"error": f"no running guest is called {', '.join(names)}"}
+
+    def _about(self) -> Mapping[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "mode": self._mode(),
+            "policy": str(self._path),
+            "libvirt": self._libvirt,
+            "faults": self._faults,
+        }
+
+    # --- telling ----------------------------------------------------------------------------------------------
+
+    def _policy(self) -> Policy:
+        policy = self._reconciler.policy
+        assert policy is not None
+        return policy
+
+    def _mode(self) -> str:
+        if EVERYONE in self._reconciler.ledger.hands_off:
+            return "paused"
+        return "enforce" if self._reconciler.enforcing else "observe"
+
+    def _say(self, kind: Kind, text: str, level: Level, **fields: str) -> None:
+        self._reconciler.emit(Record(kind, text, level, fields))
+
+    def _tell(self, view: View | None = None) -> None:
+        """Keep systemctl's status line true; says nothing when it has not changed."""
+        if view is not None:
+            managed = sum(guest.state.managed for guest in view.decision.guests)
+            unplaced = sum(str(guest.state) in ("degraded", "left") for guest in view.decision.guests)
+            wanted = sum(len(guest.wanted) for guest in view.decision.guests)
+            self._counts = f"{managed} of {len(view.decision.guests)} guests managed, {wanted} threads"
+            self._counts += f", {unplaced} without room" if unplaced else ""
+        status = f"{self._mode()}; {self._counts}; libvirt {self._libvirt}"
+        if status != self._status:
+            self._status = status
+            notify(STATUS=status)

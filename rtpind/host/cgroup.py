@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reads cgroups, version 1 and 2: in which one a thread is, who else is there, and what it allows. Writes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rtpind.core.cpuset import CpuListError, CpuSet
+from rtpind.core.model import Kind, Limits
+
+#: Hierarchies into which libvirt moves vCPU and iothread threads (virCgroupAddThread); "" is cgroup 2.
+_THREADED = ("cpuset", "cpu", "cpuacct", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The cgroup paths of one thread by controller; "" is the version 2 hierarchy."""
+
+    paths: Mapping[str, str]
+
+    @property
+    def path(self) -> str:
+        """The path that decides affinity: of cpuset on version 1, else of version 2, else of cpu."""
+        return next((self.paths[name] for name in ("cpuset", "", "cpu") if self.paths.get(name, "/") != "/"), "/")
+
+    @property
+    def leaf(self) -> str:
+        """Last part of the path; "" unless every hierarchy that libvirt moves threads in agrees.
+
+        libvirt moves a thread one hierarchy after the other; in between they differ, and FIFO would make the
+        next move fail (RT_GROUP_SCHED, sched_rt_can_attach).
+        """
+        leaves = {self.paths[name].rpartition("/")[2] for name in _THREADED if self.paths.get(name, "/") != "/"}
+        return leaves.pop() if len(leaves) == 1 else ""
+
+
+def parse(text: str) -> Groups:
+    """Read the text of /proc/PID/cgroup."""
+    paths: dict[str, str] = {}
+    for line in text.splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        for name in controllers.split(","):
+            paths[name] = path
+    return Groups(paths)
+
+
+class Cgroups:
+    """The mounted cgroup hierarchies below ``root``."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._proc = str(root / "proc")
+        self.mounts = _mounts(root)
+
+    def of(self, pid: int, tid: int) -> Groups:
+        """Return the cgroups of a thread. Raises OSError (ESRCH, ENOENT) when it is gone."""
+        with open(f"{self._proc}/{pid}/task/{tid}/cgroup", encoding="utf-8", errors="replace") as file:
+            return parse(file.read())
+
+    def threads(self, groups: Groups) -> list[int]:
+        """Return the tids in the same cgroup: ``tasks`` on version 1, ``cgroup.threads`` on 2; empty when gone."""
+        for controller, name in (("cpuset", "tasks"), ("cpu", "tasks"), ("", "cgroup.threads")):
+            mount, path = self.mounts.get(controller), groups.paths.get(controller, "/")
+            if mount is None or path == "/":
+                continue
+            text = _read(f"{mount}{path}/{name}")
+            if text is not None:
+                return [int(tid) for tid in text.split()]
+        return []
+
+    def limits(self, pid: int, tid: int, kind: Kind = Kind.QEMU) -> Limits:
+        """Return what a thread's cgroups allow it; ``pid`` is its guest's."""
+        try:
+            groups = self.of(pid if kind is Kind.QEMU else tid, tid)
+        except OSError:
+            return Limits()
+        fence, fenced_by = self._fence(groups)
+        return Limits(fence, fenced_by, self._budget(groups))
+
+    def _fence(self, groups: Groups) -> tuple[CpuSet | None, str]:
+        """Return the pCPUs of the cpuset, and the topmost cgroup that has no more than those."""
+        for controller, name in (("cpuset", "cpuset.effective_cpus"), ("", "cpuset.cpus.effective")):
+            mount, path = self.mounts.get(controller), groups.paths.get(controller, "/")
+            if mount is None:
+                continue
+            fence: CpuSet | None = None
+            where = ""
+            while True:
+                cpus = _cpus(f"{mount}{path.rstrip('/')}/{name}")
+                if cpus is not None and fence is not None and cpus != fence:
+                    break
+                if cpus is not None:
+                    fence, where = cpus, path or "/"
+                if path in ("", "/"):
+                    break
+                path = path.rpartition("/")[0]
+            if fence is not None:
+                return fence, where
+        return None, ""
+
+    def _budget(self, groups: Groups) -> int | None:
+        mount = self.mounts.get("cpu")
+        text = _read(f"{mount}{groups.paths.get('cpu', '/')}/cpu.rt_runtime_us") if mount else None
+        return None if text is None else int(text)
+
+    def isolated(self) -> CpuSet:
+        """Return the pCPUs of isolated cpuset partitions (cgroup 2, cpuset.cpus.isolated since Linux 6.7)."""
+        mount = self.mounts.get("")
+        return (_cpus(f"{mount}/cpuset.cpus.isolated") if mount else None) or CpuSet()
+
+    def rt_groups(self) -> bool:
+        """Return whether a version 1 cpu controller has realtime budgets: RT_GROUP_SCHED is on."""
+        mount = self.mounts.get("cpu")
+        return mount is not None and os.path.exists(f"{mount}/cpu.rt_runtime_us")
+
+
+def _mounts(root: Path) -> dict[str, str]:
+    """Return mount points by controller, from mountinfo (proc(5)); "" is cgroup 2."""
+    found: dict[str, str] = {}
+    for line in (_read(str(root / "proc/self/mountinfo")) or "").splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = [*after.split(" ", 2), "", ""][:3]
+        if kind not in ("cgroup", "cgroup2"):
+            continue
+        point = str(root) + before.split(" ")[4].replace("\\040", " ") if str(root) != "/" else before.split(" ")[4]
+        for name in [""] if kind == "cgroup2" else options.split(","):
+            found.setdefault(name, point)
+    return found
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def _cpus(path: str) -> CpuSet | None:
+    text = _read(path)
+    try:
+        return None if text is None or not text.strip() else CpuSet.parse(text)
+    except CpuListError:
+        return None

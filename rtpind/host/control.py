@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The daemon's control socket: one JSON object in a line each way. For rtpinctl on this host, nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rtpind.host.ledgerfile import STATE_DIR
+
+SOCKET = "control"
+_MAX_REQUEST = 64 * 1024
+
+Answer = Mapping[str, Any]
+
+
+class UnreachableError(Exception):
+    """No daemon listens, or it does not let this user talk to it."""
+
+
+class ControlServer:
+    """Accepts requests in a thread of its own; ``answer`` is called there and may wait for the daemon's loop."""
+
+    def __init__(self, answer: Callable[[Answer], Answer], directory: Path = STATE_DIR) -> None:
+        self._answer = answer
+        self._path = directory / SOCKET
+        self._socket: socket.socket | None = None
+
+    def start(self) -> None:
+        """Listen. Replaces the socket of a daemon that is gone; the caller holds the lock, so there is no other."""
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        mask = os.umask(0o117)  # 0660: root and the daemon's own group
+        try:
+            server.bind(str(self._path))
+        finally:
+            os.umask(mask)
+        server.listen(8)
+        self._socket = server
+        threading.Thread(target=self._serve, args=(server,), name="control", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop listening and remove the socket."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+    def _serve(self, server: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            with client, contextlib.suppress(OSError, ValueError):
+                client.settimeout(5.0)
+                request = json.loads(_line(client))
+                reply = self._answer(request) if isinstance(request, dict) else {"error": "not an object"}
+                client.sendall(json.dumps(reply).encode() + b"\n")
+
+
+def ask(request: Answer, directory: Path = STATE_DIR, timeout_s: float = 10.0) -> dict[str, Any]:
+    """Send one request to the daemon and return its answer. Raises UnreachableError."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.settimeout(timeout_s)
+    try:
+        with client:
+            client.connect(str(directory / SOCKET))
+            client.sendall(json.dumps(request).encode() + b"\n")
+            answer = json.loads(_line(client, None))
+    except (OSError, ValueError) as error:
+        raise UnreachableError(str(error) or type(error).__name__) from error
+    if not isinstance(answer, dict):
+        raise UnreachableError("the daemon's answer makes no sense")
+    return answer
+
+
+def _line(client: socket.socket, limit: int | None = _MAX_REQUEST) -> bytes:
+    found = bytearray()
+    while not found.endswith(b"\n"):
+        part = client.recv(65536)
+        if not part or (limit is not None and len(found) > limit):
+            raise ValueError("no complete line")
+        found += part
+    return bytes(found)

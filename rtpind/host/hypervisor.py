@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The only module that imports libvirt: which guests run, and a word when one changes. Read-only, never waited for.
+
+Two threads of its own: one runs libvirt's default event loop (a native loop, in which Python's signal handlers
+would not run), one makes the calls that can block. Callbacks only post; the daemon's loop never calls libvirt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import libvirt
+
+#: Back-off between two attempts to connect. A prompt retry would start a socket-activated daemon in an upgrade.
+_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+#: Ping every 5 s, give up after 3 without an answer: notices a daemon that hangs.
+_KEEPALIVE = (5, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A running domain as libvirt names it."""
+
+    uuid: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """libvirt's answer to "who runs"; ``fresh``: right after connecting."""
+
+    domains: tuple[Domain, ...]
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Something happened to one domain: look at it again."""
+
+    domain: Domain
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """libvirt is away."""
+
+    why: str
+
+
+Post = Callable[[Listed | Changed | Lost], None]
+
+
+class Hypervisor:
+    """A read-only connection to ``uri`` that lasts: connects, listens, and connects again."""
+
+    def __init__(self, uri: str, post: Post) -> None:
+        self._uri = uri
+        self._post = post
+        self._wake = threading.Event()
+        self._stop = False
+        self._closed = False
+        self._conn: libvirt.virConnect | None = None
+        self._callbacks: list[int] = []
+        self._timer = -1
+
+    def start(self) -> None:
+        """Start both threads; returns at once."""
+        libvirt.registerErrorHandler(lambda *_: None, None)  # else libvirt prints every error to stderr too
+        libvirt.virEventRegisterDefaultImpl()
+        self._timer = libvirt.virEventAddTimeout(-1, lambda *_: None, None)
+        threading.Thread(target=self._run_events, name="libvirt-events", daemon=True).start()
+        threading.Thread(target=self._run_calls, name="libvirt-calls", daemon=True).start()
+
+    def relist(self) -> None:
+        """Ask for a new list of domains; it is posted when libvirt answers."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Ask both threads to end; does not wait for a call that hangs."""
+        self._stop = True
+        self._wake.set()
+        libvirt.virEventUpdateTimeout(self._timer, 0)
+
+    def _run_events(self) -> None:
+        while not self._stop:
+            with contextlib.suppress(libvirt.libvirtError):
+                libvirt.virEventRunDefaultImpl()
+
+    def _run_calls(self) -> None:
+        failures = 0
+        while not self._stop:
+            try:
+                if self._conn is None:
+                    self._connect()
+                    failures = 0
+                elif self._closed or not self._conn.isAlive():
+                    raise libvirt.libvirtError("the connection was closed")
+                else:
+                    self._list(fresh=False)
+            except libvirt.libvirtError as error:
+                if failures == 0:
+                    self._post(Lost(str(error)))
+                self._disconnect()
+                pause = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+                failures += 1
+                self._pause(pause)
+            else:
+                self._wake.wait()
+                self._wake.clear()
+
+    def _pause(self, seconds: float) -> None:
+        """Wait out a back-off; only stopping cuts it short."""
+        waited = threading.Event()
+        while seconds > 0 and not self._stop:
+            waited.wait(min(seconds, 0.2))
+            seconds -= 0.2
+
+    def _connect(self) -> None:
+        self._closed = False
+        self._conn = libvirt.openReadOnly(self._uri)
+        self._conn.setKeepAlive(*_KEEPALIVE)
+        self._conn.registerCloseCallback(self._on_close, None)
+        self._register("LIFECYCLE", self._on_lifecycle)
+        for event in ("REBOOT", "TUNABLE", "DEVICE_ADDED", "DEVICE_REMOVED"):
+            with contextlib.suppress(libvirt.libvirtError):
+                self._register(event, self._on_other)
+        self._list(fresh=True)  # after registering: what changes from here on is told
+
+    def _register(self, event: str, callback: Callable[..., None]) -> None:
+        assert self._conn is not None
+        number = getattr(libvirt, f"VIR_DOMAIN_EVENT_ID_{event}")
+        self._callbacks.append(self._conn.domainEventRegisterAny(None, number, callback, event.lower()))
+
+    def _list(self, *, fresh: bool) -> None:
+        assert self._conn is not None
+        found = self._conn.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+        self._post(Listed(tuple(sorted((_domain(dom) for dom in found), key=lambda dom: dom.uuid)), fresh))
+
+    def _disconnect(self) -> None:
+        conn, self._conn = self._conn, None
+        callbacks, self._callbacks = self._callbacks, []
+        if conn is None:
+            return
+        for number in callbacks:  # the binding keeps the connection alive until each is gone
+            with contextlib.suppress(libvirt.libvirtError):
+                conn.domainEventDeregisterAny(number)
+        with contextlib.suppress(libvirt.libvirtError):
+            conn.unregisterCloseCallback()
+        with contextlib.suppress(libvirt.libvirtError):
+            conn.close()
+
+    # Callbacks: on the event thread, where an exception would be printed and lost. They only post.
+
+    def _on_close(self, *_: Any) -> None:
+        self._closed = True
+        self._wake.set()
+
+    def _on_lifecycle(self, _conn: Any, dom: libvirt.virDomain, event: int, *_: Any) -> None:
+        what = "stopped" if event == libvirt.VIR_DOMAIN_EVENT_STOPPED else "lifecycle"
+        self._post(Changed(_domain(dom), what))
+
+    def _on_other(self, _conn: Any, dom: libvirt.virDomain, *rest: Any) -> None:
+        self._post(Changed(_domain(dom), str(rest[-1])))
+
+
+def _domain(dom: libvirt.virDomain) -> Domain:
+    """Return what a domain object holds itself; asks libvirt nothing."""
+    return Domain(dom.UUIDString(), dom.name())
+
+
+def list_once(uri: str, timeout_s: float = 5.0) -> tuple[Domain, ...] | None:
+    """Return the running domains, for a command; None when libvirt does not answer in time."""
+    found: list[tuple[Domain, ...]] = []
+
+    def ask() -> None:
+        libvirt.registerErrorHandler(lambda *_: None, None)
+        with contextlib.suppress(libvirt.libvirtError):
+            conn = libvirt.openReadOnly(uri)
+            found.append(tuple(_domain(dom) for dom in conn.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)))
+            conn.close()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return found[0] if found else None

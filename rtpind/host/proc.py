@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reads threads from /proc: what they are, where they are allowed, and how they are scheduled. Changes nothing.
+
+Everything here works for a user without privileges (stat, comm, cgroup and cmdline are world-readable).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rtpind.core.cpuset import CpuSet
+from rtpind.core.identify import Sighting
+from rtpind.core.model import Kind, Placement, Sched, Scheduling, ThreadId
+from rtpind.host.cgroup import Cgroups, Groups
+
+# include/linux/sched.h
+_PF_USER_WORKER = 0x00004000
+_PF_KTHREAD = 0x00200000
+_PF_NO_SETAFFINITY = 0x04000000
+#: sched_getscheduler(2) reports this bit beside the policy.
+RESET_ON_FORK = 0x40000000
+
+# include/uapi/linux/sched.h
+_POLICIES = {
+    0: Sched.OTHER,
+    1: Sched.FIFO,
+    2: Sched.RR,
+    3: Sched.BATCH,
+    5: Sched.IDLE,
+    6: Sched.DEADLINE,
+    7: Sched.EXT,
+}
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """The fields of /proc/PID/stat that rtpind uses; ``start`` in clock ticks after boot."""
+
+    comm: str
+    parent: int
+    flags: int
+    start: int
+    priority: int
+    policy: int
+
+    @property
+    def kernel(self) -> bool:
+        """Whether it is a kernel thread."""
+        return bool(self.flags & _PF_KTHREAD)
+
+
+def parse_stat(text: bytes) -> Stat:
+    """Read one stat line. The name stands in brackets and may itself hold any of ``) (``: the last one counts."""
+    head, _, tail = text.rpartition(b") ")
+    comm = head.partition(b"(")[2].decode("utf-8", "replace")
+    fields = tail.split()
+    return Stat(comm, int(fields[1]), int(fields[6]), int(fields[19]), int(fields[37]), int(fields[38]))
+
+
+class Proc:
+    """/proc below ``root``. ``affinity`` and ``scheduler`` are the two system calls that read a thread's placement."""
+
+    def __init__(
+        self,
+        root: Path = Path("/"),
+        *,
+        affinity: Callable[[int], Iterable[int]] = os.sched_getaffinity,
+        scheduler: Callable[[int], int] = os.sched_getscheduler,
+    ) -> None:
+        self._proc = str(root / "proc")
+        self._affinity = affinity
+        self._scheduler = scheduler
+        self.kernel_threads = KernelThreads(self)
+
+    def stat(self, pid: int, tid: int | None = None) -> Stat:
+        """Return the stat of a thread (of a process' main thread without ``tid``). Raises OSError when gone."""
+        where = f"{self._proc}/{pid}/stat" if tid is None else f"{self._proc}/{pid}/task/{tid}/stat"
+        with open(where, "rb") as file:
+            return parse_stat(file.read())
+
+    def placement(self, tid: int, stat: Stat) -> Placement:
+        """Return where a thread is allowed and how it is scheduled. Raises OSError when it is gone."""
+        reset = bool(self._scheduler(tid) & RESET_ON_FORK)
+        scheduling = Scheduling(_POLICIES.get(stat.policy, Sched.OTHER), stat.priority, reset)
+        return Placement(CpuSet(self._affinity(tid)), scheduling)
+
+    def pids(self) -> list[int]:
+        """Return every process id."""
+        return [int(name) for name in os.listdir(self._proc) if name.isdigit()]
+
+    def tids(self, pid: int) -> list[int]:
+        """Return the thread ids of a process. Raises OSError when it is gone."""
+        return sorted(int(name) for name in os.listdir(f"{self._proc}/{pid}/task"))
+
+    def cmdline(self, pid: int) -> list[str]:
+        """Return the arguments of a process; empty when it is gone or a kernel thread."""
+        try:
+            with open(f"{self._proc}/{pid}/cmdline", "rb") as file:
+                return [part.decode("utf-8", "replace") for part in file.read().split(b"\0")]
+        except OSError:
+            return []
+
+    def uptime(self) -> float:
+        """Return seconds since boot."""
+        with open(f"{self._proc}/uptime", "rb") as file:
+            return float(file.read().split()[0])
+
+    def is_still(self, thread: ThreadId, kind: Kind, comm: str) -> bool:
+        """Return whether a thread is, at this moment, the one that was seen, and of its guest (promise 5).
+
+        For one of a guest's other processes the caller has its cgroup checked too.
+        """
+        try:
+            if kind is Kind.QEMU:
+                return self.stat(thread.pid, thread.tid).start == thread.start
+            stat = self.stat(thread.tid)
+            return stat.start == thread.start and (kind is Kind.PROCESS or (stat.kernel and stat.comm == comm))
+        except OSError:
+            return False
+
+    def sightings(self, pid: int, cgroups: Cgroups, uptime: float) -> tuple[int, list[Sighting]] | None:
+        """Return the start time and all threads of the guest whose QEMU is ``pid``.
+
+        None when it is gone, or not yet in the emulator cgroup in which libvirt starts it (before that, libvirt
+        still sets its affinity). Threads that end meanwhile are left out.
+        """
+        try:
+            start = self.stat(pid).start
+            home = cgroups.of(pid, pid)
+            tids = self.tids(pid)
+        except OSError:
+            return None
+        if home.leaf != "emulator":
+            return None
+        found = [self._sight(pid, start, tid, Kind.QEMU, cgroups, uptime, home) for tid in tids]
+        own = set(tids)
+        others = [tid for tid in cgroups.threads(home) if tid not in own]
+        others += [tid for tid in self.kernel_threads.named(f"vhost-{pid}", f"kvm-pit/{pid}") if tid not in others]
+        found += [self._sight(pid, start, tid, Kind.PROCESS, cgroups, uptime, home) for tid in others]
+        return start, [sighting for sighting in found if sighting is not None]
+
+    def _sight(
+        self, pid: int, start: int, tid: int, kind: Kind, cgroups: Cgroups, uptime: float, home: Groups
+    ) -> Sighting | None:
+        try:
+            stat = self.stat(pid, tid) if kind is Kind.QEMU else self.stat(tid)
+            groups = home
+            if kind is Kind.QEMU and stat.comm.startswith(("CPU ", "IO iothread")):
+                groups = cgroups.of(pid, tid)
+            now = self.placement(tid, stat)
+        except OSError:
+            return None
+        return Sighting(
+            id=ThreadId(pid, start, tid, stat.start),
+            kind=Kind.KERNEL if stat.kernel else kind,
+            comm=stat.comm,
+            now=now,
+            leaf=groups.leaf,
+            cgroup=groups.path,
+            movable=not stat.flags & _PF_NO_SETAFFINITY,
+            worker=bool(stat.flags & (_PF_KTHREAD | _PF_USER_WORKER)),
+            age_s=uptime - stat.start / _TICKS,
+        )
+
+
+class KernelThreads:
+    """The kernel's threads by name. Names do not change, so each pid is read once; all of them anew now and then."""
+
+    _ANEW = 64
+
+    def __init__(self, proc: Proc) -> None:
+        self._proc = proc
+        self._names: dict[int, str] = {}  # pid → name, "" for what is no kernel thread
+        self._scans = 0
+
+    def scan(self) -> None:
+        """Look for new kernel threads."""
+        self._scans += 1
+        if self._scans % self._ANEW == 0:
+            self._names = {}  # a pid that was reused meanwhile
+        pids = self._proc.pids()
+        names = {pid: self._names[pid] for pid in pids if pid in self._names}
+        for pid in pids:
+            if pid not in names:
+                try:
+                    stat = self._proc.stat(pid)
+                except OSError:
+                    continue
+                if stat.comm != "kthreadd" or pid == 2:  # else it has not been given its name yet
+                    names[pid] = stat.comm if stat.kernel else ""
+        self._names = names
+
+    def named(self, *names: str) -> list[int]:
+        """Return the pids of the kernel threads with one of these names."""
+        return sorted(pid for pid, name in self._names.items() if name in names)
+
+    def lowest_priority(self, cpu: int, kinds: Iterable[str]) -> int | None:
+        """Return the lowest FIFO priority among the threads ``KIND/CPU``, 0 for one that is not FIFO; None: none."""
+        found: list[int] = []
+        for pid in self.named(*(f"{kind}/{cpu}" for kind in kinds)):
+            try:
+                found.append(self._proc.stat(pid).priority)
+            except OSError:
+                continue
+        return min(found, default=None)
