@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Throwaway guests: real QEMU processes under the real libvirt that boot 512 bytes from a floppy.
+
+Each is named ``PREFIX-…`` and known by its UUID; :meth:`Lab.close` ends those that this lab started, and no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+import time
+import uuid as uuids
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import libvirt
+
+PREFIX = "rtpind-lab"
+RUN_DIR = Path("/run/libvirt/qemu")
+
+#: What a guest runs. ``idle``: halts. ``spin``: an endless loop. ``oslat``: loops on rdtsc and keeps a histogram of
+#: gaps at 0x8000 of its memory (log2 of cycles), the largest at 0x8100, and its rounds at 0x8108.
+BOOT = {
+    "idle": bytes.fromhex("faf4ebfd"),
+    "spin": bytes.fromhex("faebfe"),
+    "oslat": bytes.fromhex(
+        "fa31c08ed88ec08ed0bc007cfcbf0080b90001f3abc706108150520f316689c30f316689c16629d96689c3660fbdf967"
+        "66ff04bd00800000663b0e0081760566890e00816683060881016683160c8100ebce"
+    ),
+}
+
+_XML = """
+<domain type='{kind}'>
+  <name>{name}</name><uuid>{uuid}</uuid>
+  <memory unit='MiB'>16</memory>{memory}
+  <vcpu placement='static'{cpuset} current='{vcpus}'>{max_vcpus}</vcpu>
+  <iothreads>{iothreads}</iothreads>{cputune}
+  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='fd'/></os>
+  <features><acpi/></features>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <disk type='file' device='floppy'>
+      <driver name='qemu' type='raw'/><source file='{image}'/><target dev='fda'/><readonly/>
+    </disk>
+    <memballoon model='none'/>{devices}
+  </devices>
+</domain>
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One thread as the kernel shows it, read without rtpind's code."""
+
+    tid: int
+    comm: str
+    cpus: frozenset[int]
+    policy: int  # SCHED_RESET_ON_FORK (0x40000000) is kept
+    priority: int
+
+    @property
+    def fifo(self) -> bool:
+        """Whether it is SCHED_FIFO."""
+        return self.policy & 0xFF == os.SCHED_FIFO
+
+
+class Guest:
+    """One running guest of a lab."""
+
+    def __init__(self, name: str, uuid: str, dom: libvirt.virDomain) -> None:
+        self.name = name
+        self.uuid = uuid
+        self.dom = dom
+
+    @property
+    def pid(self) -> int:
+        """The pid of its QEMU, from libvirt's pid file."""
+        return int((RUN_DIR / f"{self.name}.pid").read_text())
+
+    def threads(self) -> list[Seen]:
+        """Return its QEMU's threads and the kernel's ``kvm-pit/PID``; those that end meanwhile are left out."""
+        pid = self.pid
+        found = [seen(int(tid)) for tid in os.listdir(f"/proc/{pid}/task")]
+        pit = subprocess.run(["pgrep", "-x", f"kvm-pit/{pid}"], capture_output=True, text=True, check=False)
+        found += [seen(int(tid)) for tid in pit.stdout.split()]
+        return sorted((thread for thread in found if thread is not None), key=lambda thread: thread.tid)
+
+    def vcpus(self) -> list[Seen]:
+        """Return its vCPU threads in the order of their numbers."""
+        found = [thread for thread in self.threads() if thread.comm.startswith("CPU ")]
+        return sorted(found, key=lambda thread: int(thread.comm.split()[1].partition("/")[0]))
+
+    def helpers(self) -> list[Seen]:
+        """Return all its other threads."""
+        return [thread for thread in self.threads() if not thread.comm.startswith("CPU ")]
+
+    def iothreads(self) -> list[Seen]:
+        """Return its iothreads."""
+        return [thread for thread in self.threads() if thread.comm.startswith("IO iothread")]
+
+    def destroy(self) -> None:
+        """End it; no error when it is gone."""
+        with contextlib.suppress(libvirt.libvirtError):
+            self.dom.destroy()
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[mmap.mmap]:
+        """Map its memory (a guest started with ``shared=True``), to read what ``oslat`` wrote there."""
+        path = next(Path("/var/lib/libvirt/qemu/ram").glob(f"*-{self.name[:20]}*/pc.ram"))
+        with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+            yield mapped
+
+
+def seen(tid: int) -> Seen | None:
+    """Return a thread as the kernel shows it now; None when it is gone."""
+    try:
+        comm = Path(f"/proc/{tid}/comm").read_text().rstrip("\n")
+        return Seen(
+            tid,
+            comm,
+            frozenset(os.sched_getaffinity(tid)),
+            os.sched_getscheduler(tid),
+            os.sched_getparam(tid).sched_priority,
+        )
+    except OSError:
+        return None
+
+
+def worst_gap(memory: mmap.mmap, *, reset: bool = False) -> int:
+    """Return the largest gap in cycles that ``oslat`` saw; ``reset`` starts it anew."""
+    (gap,) = struct.unpack_from("<I", memory, 0x8100)
+    if reset:
+        struct.pack_into("<I", memory, 0x8100, 0)
+    return int(gap)
+
+
+def run_delay_ns(tid: int) -> int:
+    """Return how long a thread was ready to run and did not (second field of schedstat)."""
+    return int(Path(f"/proc/{tid}/schedstat").read_text().split()[1])
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 10.0) -> None:
+    """Poll until ``condition`` is true; TimeoutError names ``what`` was waited for."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout_s:g} s: {what}")
+        time.sleep(0.005)
+
+
+class Lab:
+    """Starts guests, and ends those it started."""
+
+    def __init__(self, prefix: str = PREFIX, uri: str = "qemu:///system") -> None:
+        self._prefix = prefix
+        self._uri = uri
+        self.conn = libvirt.open(uri)
+        self._dir = Path(tempfile.mkdtemp(prefix="rtpind-lab-", dir="/var/tmp"))
+        self._dir.chmod(0o755)
+        self.guests: dict[str, Guest] = {}
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def start(
+        self,
+        name: str,
+        *,
+        vcpus: int = 1,
+        max_vcpus: int | None = None,
+        iothreads: int = 0,
+        kind: str = "qemu",
+        boot: str = "idle",
+        cputune: str = "",
+        cpuset: str = "",
+        devices: str = "",
+        shared: bool = False,
+        paused: bool = False,
+    ) -> Guest:
+        """Start a guest ``PREFIX-name``. ``kind``: qemu (TCG) or kvm. Raises libvirt.libvirtError."""
+        image = self._dir / f"{boot}.img"
+        if not image.exists():
+            image.write_bytes(BOOT[boot].ljust(510, b"\0") + b"\x55\xaa")
+            image.chmod(0o644)
+        full, uuid = f"{self._prefix}-{name}", str(uuids.uuid4())
+        source = "<memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>" if shared else ""
+        xml = _XML.format(
+            kind=kind,
+            name=full,
+            uuid=uuid,
+            memory=source,
+            vcpus=vcpus,
+            max_vcpus=max_vcpus or vcpus,
+            iothreads=iothreads,
+            cputune=f"<cputune>{cputune}</cputune>" if cputune else "",
+            cpuset=f" cpuset='{cpuset}'" if cpuset else "",
+            devices=devices,
+            image=image,
+        )
+        dom = self.conn.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+        guest = Guest(full, uuid, dom)
+        self.guests[uuid] = guest
+        return guest
+
+    def reconnect(self) -> None:
+        """Connect anew, after libvirtd was restarted."""
+        with contextlib.suppress(libvirt.libvirtError):
+            self.conn.close()
+        self.conn = libvirt.open(self._uri)
+        for guest in self.guests.values():
+            with contextlib.suppress(libvirt.libvirtError):
+                guest.dom = self.conn.lookupByUUIDString(guest.uuid)
+
+    def close(self) -> None:
+        """End every guest of this lab and remove its files."""
+        for guest in self.guests.values():
+            guest.destroy()
+            # libvirt may have been restarted or be away: what is left of the process goes too.
+            with contextlib.suppress(OSError, ValueError):
+                subprocess.run(["virsh", "-q", "destroy", guest.uuid], capture_output=True, timeout=20, check=False)
+        self.guests.clear()
+        with contextlib.suppress(libvirt.libvirtError):
+            self.conn.close()
+        shutil.rmtree(self._dir, ignore_errors=True)
+
+
+def kvm_works() -> bool:
+    """Return whether libvirt can start KVM guests here."""
+    try:
+        conn = libvirt.openReadOnly("qemu:///system")
+        capabilities = conn.getCapabilities()
+        conn.close()
+    except libvirt.libvirtError:
+        return False
+    return os.path.exists("/dev/kvm") and "<domain type='kvm'" in capabilities

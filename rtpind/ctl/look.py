@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A command's own look at the host, for when no daemon answers. Reads only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rtpind.core.document import Problem
+from rtpind.core.policy import Policy
+from rtpind.daemon import policysource
+from rtpind.daemon.observe import Observer
+from rtpind.daemon.reconcile import Reconciler, View
+from rtpind.host import pidfile
+from rtpind.host.hypervisor import list_once
+from rtpind.host.ledgerfile import LedgerFile
+
+URI = "qemu:///system"
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What a look found; ``view`` is None without a policy, and ``problems`` says what is wrong with the file."""
+
+    reconciler: Reconciler
+    policy: Policy | None
+    problems: tuple[Problem, ...]
+    view: View | None
+
+
+def running(observer: Observer, uri: str = URI) -> dict[str, str]:
+    """Return UUID → name of the running guests: from libvirt or, when it does not answer, from its pid files."""
+    domains = list_once(uri)
+    if domains is not None:
+        return {domain.uuid: domain.name for domain in domains}
+    found = {}
+    for name, pid in pidfile.running().items():
+        words = observer.proc.cmdline(pid)
+        uuid = words[words.index("-uuid") + 1] if "-uuid" in words[:-1] else name
+        found[uuid] = name
+    return found
+
+
+def look(config: Path | None, state_dir: Path) -> Looked:
+    """Look at the host with the policy in ``config`` (None: the host's own, if there is one)."""
+    observer = Observer()
+    path = config or policysource.DEFAULT
+    policy: Policy | None = None
+    problems: list[Problem] = []
+    if config is not None or path.exists():
+        policy, problems = policysource.read(path, observer.host(), strict=True)
+    reconciler = Reconciler(observer, LedgerFile(state_dir), lambda _record: None)
+    reconciler.ledger, _ = reconciler.file.read()
+    reconciler.policy = policy
+    reconciler.domains = running(observer, policy.uri if policy else URI)
+    view = reconciler.view() if policy else None
+    return Looked(reconciler, policy, tuple(problems), view)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command ``rtpinctl``: arguments and exit codes only; each command is a module of this folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rtpind import __version__
+from rtpind.ctl import checkconfig, hands, plan, show, status
+from rtpind.daemon import policysource
+from rtpind.host.ledgerfile import STATE_DIR
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of rtpinctl(1)'s arguments."""
+    made = argparse.ArgumentParser(
+        prog="rtpinctl",
+        description="See and steer where the threads of realtime KVM guests run.",
+        epilog="Start with 'rtpinctl status': it needs no policy and no daemon. See rtpinctl(1).",
+    )
+    made.add_argument("--version", action="version", version=f"rtpinctl {__version__}")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Command, text: str, *, config: bool = False) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        found.set_defaults(run=run)
+        found.add_argument("--json", action="store_true", help="print JSON that follows the shipped schema")
+        found.add_argument(
+            "--state-dir", type=Path, default=STATE_DIR, metavar="DIR", help="the daemon's state (default %(default)s)"
+        )
+        if config:
+            text = f"use this policy, not the daemon's (default {policysource.DEFAULT})"
+            found.add_argument("--config", type=Path, metavar="FILE", help=text)
+        return found
+
+    made_status = add("status", status.status, "show every guest thread, where it is and should be", config=True)
+    made_status.add_argument("guest", nargs="?", metavar="GUEST", help="only this guest (name or UUID)")
+    check = add("check-config", checkconfig.check_config, "list every problem of a policy file")
+    check.add_argument("file", nargs="?", type=Path, default=policysource.DEFAULT, metavar="FILE")
+    add("plan", plan.plan, "show what a daemon would do now, and why; change nothing", config=True)
+    add("verify", status.verify, "exit 0 when every managed thread is where it should be", config=True)
+    explained = add("explain", plan.explain, "show which rule, class and pCPU a guest has, and why", config=True)
+    explained.add_argument("guest", metavar="GUEST", help="name or UUID")
+    released = add("release", hands.release, "put guests back as they were, and leave them alone")
+    released.add_argument("guests", nargs="*", metavar="GUEST")
+    released.add_argument("--all", action="store_true", help="every running guest")
+    managed = add("manage", hands.manage, "manage guests again that were released or paused")
+    managed.add_argument("guests", nargs="*", metavar="GUEST", help="default: all")
+    paused = add("pause", hands.pause, "leave guests as they are, for debugging by hand")
+    paused.add_argument("guests", nargs="*", metavar="GUEST", help="default: all, also those that start later")
+    paused.add_argument(
+        "--for", dest="duration", type=hands.seconds, metavar="TIME", help="such as 1h; default: until managed"
+    )
+    for found in (released, managed, paused):
+        found.add_argument("-v", "--verbose", action="store_true", help="without a daemon or journal: show the records")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 good, 1 not, 2 usage, 78 the policy has problems."""
+    options = parser().parse_args(argv)
+    run: Command = options.run
+    try:
+        return run(options)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (| head); nothing to complain about
+        return 0
+    except PermissionError as error:
+        show.error(f"{error.filename}: {error.strerror} (try as root)")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
