@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import libvirt
 
@@ -83,6 +84,10 @@ class Guest:
     def pid(self) -> int:
         """The pid of its QEMU, from libvirt's pid file."""
         return int((RUN_DIR / f"{self.name}.pid").read_text())
+
+    def running(self) -> bool:
+        """Whether libvirt still has a pid file for it."""
+        return (RUN_DIR / f"{self.name}.pid").exists()
 
     def threads(self) -> list[Seen]:
         """Return its QEMU's threads and the kernel's ``kvm-pit/PID``; those that end meanwhile are left out."""
@@ -166,7 +171,7 @@ class Lab:
         self._dir.chmod(0o755)
         self.guests: dict[str, Guest] = {}
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -225,8 +230,9 @@ class Lab:
         """End every guest of this lab and remove its files."""
         for guest in self.guests.values():
             guest.destroy()
-            # libvirt may have been restarted or be away: what is left of the process goes too.
-            with contextlib.suppress(OSError, ValueError):
+        left = [guest for guest in self.guests.values() if guest.running()]
+        for guest in left:  # libvirt was restarted meanwhile: ask it anew
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 subprocess.run(["virsh", "-q", "destroy", guest.uuid], capture_output=True, timeout=20, check=False)
         self.guests.clear()
         with contextlib.suppress(libvirt.libvirtError):

@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where originals, lock and control socket are kept (default %(default)s)",
     )
+    made.add_argument("--stderr", action="store_true", help="write records to stderr even where there is a journal")
     made.add_argument("--version", action="version", version=f"rtpind {__version__}")
     return made
 
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon; return its exit code: 0 stopped, 1 could not start, 78 the policy has problems."""
     options = parser().parse_args(argv)
-    journal = Journal()
+    journal = Journal(Path("/nonexistent")) if options.stderr else Journal()
     observer = Observer()
     policy, problems = policysource.read(options.config, observer.host())
     for problem in problems:

@@ -67,6 +67,7 @@ class Service:
         self._counts = "no pass yet"
         self._listed_once = False
         self._faults = 0
+        self._passes = 0
 
     # --- from other threads: only post -----------------------------------------------------------------------
 
@@ -148,6 +149,7 @@ class Service:
             self._hypervisor.relist()
         if self._listed_once:  # before that there is nothing to look at, and nothing to forget
             self._pass(None)
+            self._passes += 1
 
     def _pass(self, only: set[str] | None) -> None:
         view = self._reconciler.run(only)
@@ -257,6 +259,7 @@ class Service:
             "mode": self._mode(),
             "policy": str(self._path),
             "libvirt": self._libvirt,
+            "passes": self._passes,
             "faults": self._faults,
         }
 
