@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from demo.guests import Guest, Seen, wait_for
 
@@ -93,6 +94,7 @@ class Daemon:
         self.write(text)
         self.process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
+        self.killed_at = 0
         self.records: list[str] = []
 
     def write(self, text: str) -> None:
@@ -103,28 +105,49 @@ class Daemon:
         fresh.replace(self.policy)
 
     def start(self, *arguments: str, prefix: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
-        """Start it and wait until it has seen libvirt."""
+        """Start it and wait until it has seen libvirt (or has ended)."""
+        before = len(self.records)
+        self._spawn(arguments, prefix, env or {})
+        wait_for(
+            lambda: any("connected to libvirt" in record for record in self.records[before:]) or self.died(),
+            "the daemon has connected to libvirt",
+        )
+
+    def start_without_libvirt(self) -> None:
+        """Start it and wait for nothing."""
+        self._spawn((), (), {})
+
+    def start_killed_at(self, number: int) -> None:
+        """Run it until its Nth sched_set* call, where strace kills it; sets ``killed_at``, 0 when it got to the end."""
+        calls = "sched_setaffinity,sched_setscheduler"
+        inject = f"inject={calls}:signal=SIGKILL:when={number}"
+        prefix = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", inject]
+        before = len(self.records)
+        self._spawn((), prefix, {})
+        wait_for(lambda: self.died() or any("fifo:1 (" in record for record in self.records[before:]), "it ends", 20)
+        self.killed_at = number if self.died() else 0
+        if not self.killed_at:
+            os.kill(self.tid(), signal.SIGKILL)
+        assert self.process is not None
+        self.process.wait(timeout=10)
+
+    def _spawn(self, arguments: Sequence[str], prefix: Sequence[str], env: dict[str, str]) -> None:
         command = [sys.executable, "-m", "rtpind", "--config", str(self.policy), "--state-dir", str(self.state)]
         command.append("--stderr")
         where: dict[str, str] = {"PYTHONPATH": str(ROOT)}
         if self.unprivileged:
             python, where = readable_python()
             command = [*_PRIVILEGES, python, *command[1:]]
-        before = len(self.records)
         self.process = subprocess.Popen(
             [*prefix, *command, *arguments],
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
             cwd="/",
-            env=os.environ | where | (env or {}),
+            env=os.environ | where | env,
         )
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
-        wait_for(
-            lambda: any("connected to libvirt" in record for record in self.records[before:]) or self.died(),
-            "the daemon has connected to libvirt",
-        )
 
     def died(self) -> bool:
         """Return whether the process has ended."""
@@ -305,7 +328,7 @@ def sched_calls(daemon: Daemon, guests: Sequence[Guest], passes: int = 2) -> lis
     pid = daemon.tid()
     tracer = subprocess.Popen(
         ["strace", "-f", "-qq", "-e", "trace=sched_setaffinity,sched_setscheduler,sched_setattr,sched_setparam",
-         "-o", str(log), "-p", str(pid)], stderr=subprocess.PIPE
+         "-o", str(log), "-p", str(pid)], stderr=subprocess.DEVNULL
     )  # fmt: skip
     try:
         wait_for(lambda: "TracerPid:\t0" not in Path(f"/proc/{pid}/status").read_text(), "strace is attached")
@@ -315,3 +338,33 @@ def sched_calls(daemon: Daemon, guests: Sequence[Guest], passes: int = 2) -> lis
         tracer.wait(timeout=10)
     calls = log.read_text().splitlines() if log.exists() else []
     return [call for call in calls if any(re.search(rf"sched_set\w+\({tid}\b", call) for tid in tids)]
+
+
+class NotifySocket:
+    """What systemd would listen on: collects what a service tells it."""
+
+    def __init__(self) -> None:
+        self._dir = tempfile.mkdtemp(prefix="rtpind-notify-", dir="/var/tmp")
+        os.chmod(self._dir, 0o755)
+        self.path = f"{self._dir}/notify"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        os.chmod(self.path, 0o777)
+        self.messages: list[str] = []
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._read, daemon=True).start()
+        return self
+
+    def _read(self) -> None:
+        while True:
+            message = self._socket.recv(65536)
+            if message == b"end":
+                return
+            self.messages.append(message.decode())
+
+    def __exit__(self, *_: object) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+            own.sendto(b"end", self.path)
+        self._socket.close()
+        shutil.rmtree(self._dir, ignore_errors=True)

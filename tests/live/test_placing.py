@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import harness
 import pytest
@@ -189,10 +190,11 @@ def test_twenty_starts_do_not_fail(lab: Lab, daemon: Make) -> None:
     made = daemon(policy(names=[("rtpind-lab-start-*", "realtime")], period="50ms"))
     made.start()
 
-    for number in range(20):
-        guest = lab.start(f"start-{number}", iothreads=number % 2)  # raises when the start fails
-        wait_for(lambda guest=guest: placed(guest, {1}, fifo=1), "the guest has FIFO")
-        guest.destroy()
+    with ThreadPoolExecutor(4) as ending:
+        for number in range(20):
+            guest = lab.start(f"start-{number}", iothreads=number % 2)  # raises when the start fails
+            wait_for(lambda guest=guest: placed(guest, {1}, fifo=1), "the guest has FIFO")
+            ending.submit(guest.destroy)
 
 
 def test_a_guest_killed_mid_pass_disturbs_nothing(lab: Lab, daemon: Make) -> None:
