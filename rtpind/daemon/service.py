@@ -27,6 +27,7 @@ from rtpind.host import others, sched
 from rtpind.host.control import Answer, ControlServer
 from rtpind.host.hypervisor import Changed, Domain, Hypervisor, Listed, Lost
 from rtpind.host.journal import notify, watchdog_s
+from rtpind.host.pidfile import pid_of
 
 #: Looks after an event: threads that begin late (nx-recovery at the first KVM_RUN, vhost, workers).
 _FOLLOW_UPS_S = (0.05, 0.25, 1.0, 5.0)
@@ -153,14 +154,14 @@ class Service:
 
     def _pass(self, only: set[str] | None) -> None:
         view = self._reconciler.run(only)
-        for uuid in view.plan.again:
-            gated = any(step.gated and step.thread.guest == uuid for step in view.plan.steps)
-            if self._reconciler.enforcing or not gated:
-                self._inbox.look_in(_AGAIN_S if gated else _STARTING_S, uuid)
-        if view.plan.steps and self._reconciler.enforcing:
-            # Steps were taken: the place they reached is looked at again, and FIFO follows.
-            for uuid in {step.thread.guest for step in view.plan.steps}:
-                self._inbox.look_in(_AGAIN_S, uuid)
+        for guest in view.snapshot.guests:
+            if guest.uuid not in view.plan.again:
+                continue
+            if guest.doubtful or any(not thread.settled for thread in guest.threads):
+                self._inbox.look_in(_STARTING_S, guest.uuid)
+            # In place, and only the second look is missing. A guest that is not in place waits for the period.
+            if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:
+                self._inbox.look_in(_AGAIN_S, guest.uuid)
         self._tell(view)
 
     # --- events -----------------------------------------------------------------------------------------------
@@ -168,7 +169,11 @@ class Service:
     def _listed(self, domains: tuple[Domain, ...], fresh: bool) -> None:
         self._listed_once = True
         known = self._reconciler.domains
-        self._reconciler.domains = {domain.uuid: domain.name for domain in domains}
+        listed = {domain.uuid: domain.name for domain in domains}
+        names = set(listed.values())
+        # A list may be older than an event: what runs is dropped only when its process is gone.
+        later = {uuid: name for uuid, name in known.items() if name not in names and pid_of(name) is not None}
+        self._reconciler.domains = later | listed
         if fresh:
             self._libvirt = "connected"
             self._say(Kind.LIBVIRT, f"connected to libvirt, {len(domains)} guests run", Level.INFO)
