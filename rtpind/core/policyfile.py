@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The text of a policy file → Policy, or every problem at once.
 
-:mod:`rtpind.core.document` checks the file's form first. What is checked here is meaning: that names exist, that
+:mod:`rtpind.core.yamlform` checks the file's form first. What is checked here is meaning: that names exist, that
 lists are pCPUs of this host, and that no class breaks promise 1.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rtpind.core.cpuset import CpuListError, CpuSet
-from rtpind.core.document import Document, Path, Problem, dotted, read
+from rtpind.core.document import Document, Path, Problem, dotted
 from rtpind.core.model import Host, Role
 from rtpind.core.policy import (
     HOUSEKEEPING,
@@ -30,6 +30,7 @@ from rtpind.core.policy import (
     WhenFull,
     pool_cpus,
 )
+from rtpind.core.yamlform import read
 
 _LEADING_ZERO = re.compile(r"(?<!\d)0\d", re.ASCII)
 _UUID_GLOB = re.compile(r"[0-9a-fA-F\-*?\[\]!]+", re.ASCII)

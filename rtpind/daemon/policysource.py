@@ -7,10 +7,11 @@ import os
 import stat
 from pathlib import Path
 
-from rtpind.core.document import MAX_CHARS, Problem
+from rtpind.core.document import Problem
 from rtpind.core.model import Host
 from rtpind.core.policy import Policy
 from rtpind.core.policyfile import load
+from rtpind.core.yamlform import MAX_CHARS
 
 DEFAULT = Path("/etc/rtpind.yaml")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from rtpind import schemas
-from rtpind.core import document
+from rtpind.core import document, schemafaults
 from rtpind.core.cpuset import CpuListError, CpuSet
 from rtpind.core.model import Guest, Host, Role
 from rtpind.core.policy import (
@@ -165,7 +165,7 @@ def test_the_same_anchor_twice_is_no_problem():
 def test_a_schema_word_without_words_of_its_own_is_still_a_problem():
     """What the schema may refuse one day, without a sentence for it here, never passes in silence."""
     (error,) = Draft202012Validator({"multipleOf": 2}).iter_errors(3)
-    problems = list(document._explain(document.Document(3, {}), error))
+    problems = list(schemafaults.explain(document.Document(3, {}), error))
 
     assert texts(problems) == ["1: 3 is not allowed (multipleOf: 2)"]
 
@@ -388,18 +388,11 @@ def test_the_shipped_file_warns_of_an_empty_pool_once():
     assert [(problem.path, problem.warning) for problem in problems] == [("pools.realtime", True)]
 
 
-@pytest.mark.parametrize("hash_and", [r"^#(?= - )", r"^# (?=- )"], ids=["the #", "the # and the space"])
-def test_the_shipped_rules_are_valid_without_their_hash(hash_and):
-    """Whoever takes the '#' from the shipped rules has a valid policy on a host with isolated pCPUs."""
-    policy = good(re.sub(hash_and, "", SHIPPED, flags=re.MULTILINE))
+def test_the_shipped_suggestions_are_valid_without_their_hash():
+    """Whoever takes the '# ' from the shipped pools and rules has a valid policy on a host with isolated pCPUs."""
+    policy = good(re.sub(r"^(  )# (?=housekeeping|helpers|-)", r"\1", SHIPPED, flags=re.MULTILINE))
 
     assert [rule.class_name for rule in policy.rules] == ["unmanaged", "realtime", "dedicated"]
-
-
-def test_the_shipped_pools_are_valid_in_their_column():
-    """The pools that the shipped file suggests are valid where they stand."""
-    policy = good(re.sub(r"^#(?= (housekeeping|helpers|-) ?)", " ", SHIPPED, flags=re.MULTILINE))
-
     assert {name: str(policy.pool(name, HOST)) for name in policy.pools} == {
         "realtime": "2-7", "housekeeping": "0-1", "helpers": "0-1",
     }  # fmt: skip
