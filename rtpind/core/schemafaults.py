@@ -132,7 +132,7 @@ def _choice_hint(value: Any, choices: list[str]) -> str:
 
 
 def _type_hint(path: Path, value: Any) -> str:
-    if value is None and isinstance(path[-1], str):
+    if value is None and path and isinstance(path[-1], str):
         return _QUOTE_CPUS if _LIKE_CPUS.fullmatch(path[-1]) else _NOTHING_HINT
     if path[-1:] == ("period",):
         return _PERIOD_HINT

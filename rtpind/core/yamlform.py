@@ -56,7 +56,7 @@ def read(text: str) -> tuple[Document | None, list[Problem]]:
         return None, [Problem(1, "", f"not YAML: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}")]
     except RecursionError:
         return None, [Problem(1, "", "not a policy: nested too deeply")]
-    if node is None or (isinstance(node, ScalarNode) and node.value in ("", "~", "null")):
+    if node is None or (isinstance(node, ScalarNode) and node.value.lower() in ("", "~", "null")):
         return None, [Problem(1, "", "the file is empty", "a policy needs at least 'version: 1'")]
     builder = _Builder()
     data = builder.build(node, (), 0)
