@@ -122,12 +122,19 @@ class Daemon:
         calls = "sched_setaffinity,sched_setscheduler"
         inject = f"inject={calls}:signal=SIGKILL:when={number}"
         prefix = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", inject]
-        before = len(self.records)
         self._spawn((), prefix, {})
-        wait_for(lambda: self.died() or any("fifo:1 (" in record for record in self.records[before:]), "it ends", 20)
+        pid = 0
+
+        def ended() -> bool:
+            nonlocal pid
+            found = self.ctl("status")["daemon"]
+            pid = found["pid"] if found else 0
+            return self.died() or (bool(found) and self.run_ctl("verify").returncode == 0)
+
+        wait_for(ended, "it is killed, or has done all it wants to", 30)
         self.killed_at = number if self.died() else 0
         if not self.killed_at:
-            os.kill(self.tid(), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         assert self.process is not None
         self.process.wait(timeout=10)
 
