@@ -12,7 +12,8 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from typing import Any
 from rtpind.core.audit import Kind, Level, Record
 from rtpind.core.ledger import EVERYONE
 from rtpind.core.policy import HOUSEKEEPING, Policy
-from rtpind.daemon import policysource, report
+from rtpind.daemon import commands, policysource
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
-from rtpind.host import others, sched
+from rtpind.host import sched
 from rtpind.host.control import Answer, ControlServer
 from rtpind.host.hypervisor import Changed, Domain, Hypervisor, Listed, Lost
 from rtpind.host.journal import notify, watchdog_s
@@ -109,19 +110,24 @@ class Service:
         return 0
 
     def _turn(self, items: list[Signalled | Asked | Listed | Changed | Lost]) -> None:
-        """Take what was posted, then do the passes that are due. The one place where a fault is caught."""
+        """Take what was posted, then do the passes that are due."""
+        for item in items:
+            self._survive(self._take, item)
+        due = self._inbox.take_due() & self._reconciler.domains.keys()
+        if time.monotonic() >= self._full_due:
+            self._survive(self._full)
+        elif due:
+            self._survive(self._pass, due)
+
+    def _survive(self, do: Callable[..., None], *what: object) -> None:
+        """Do one thing. The one place where a fault is caught: guests stay managed whatever one thing trips over."""
         try:
-            for item in items:
-                self._take(item)
-            due = self._inbox.take_due()
-            if time.monotonic() >= self._full_due:
-                self._full()
-            elif due & self._reconciler.domains.keys():
-                self._pass(due & self._reconciler.domains.keys())
+            do(*what)
         except Exception as error:
             self._faults += 1
-            self._say(Kind.FAULT, f"a fault in rtpind, the pass was given up: {error!r}", Level.ERROR)
-            self._full_due = max(self._full_due, time.monotonic() + 1.0)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"a fault in rtpind, one step was given up: {error!r} at {where.filename}:{where.lineno}"
+            self._say(Kind.FAULT, text, Level.ERROR)
 
     def _take(self, item: Signalled | Asked | Listed | Changed | Lost) -> None:
         match item:
@@ -131,7 +137,13 @@ class Service:
                 else:
                     self._stopping = True
             case Asked(request, reply):
-                reply.put(self._answer(request))
+                answer: Answer = {"error": "a fault in rtpind; see the journal"}
+                try:
+                    answer = commands.answer(request, self._reconciler, self._about())
+                finally:
+                    reply.put(answer)
+                if request.get("do") not in commands.LOOKS:
+                    self._full_due = 0.0
             case Listed(domains, fresh):
                 self._listed(domains, fresh)
             case Changed(domain, what):
@@ -215,48 +227,6 @@ class Service:
             for thread in threading.enumerate():
                 if thread.native_id is not None and os.sched_getaffinity(thread.native_id) != set(own):
                     sched.set_affinity(thread.native_id, own)
-
-    # --- commands ---------------------------------------------------------------------------------------------
-
-    def _answer(self, request: Answer) -> Answer:
-        names = [str(name) for name in request.get("guests") or []]
-        try:
-            match request.get("do"):
-                case "status":
-                    return {"ok": self._report()}
-                case "explain":
-                    return self._explain(names)
-                case "release":
-                    done = self._reconciler.release(names)
-                case "pause":
-                    seconds = request.get("seconds")
-                    done = self._reconciler.pause(names, None if seconds is None else float(seconds))
-                case "manage":
-                    done = self._reconciler.manage(names)
-                case unknown:
-                    return {"error": f"this daemon does not know {unknown!r}"}
-        except (LookupError, ValueError) as error:
-            return {"error": str(error.args[0] if error.args else error)}
-        self._full_due = 0.0
-        return {"ok": {"version": report.VERSION, "guests": done}}
-
-    def _report(self) -> dict[str, Any]:
-        view = self._reconciler.view()
-        return report.status(
-            view.snapshot,
-            others=others.facts(),
-            policy=self._policy(),
-            decision=view.decision,
-            memory=self._reconciler.memory,
-            daemon=self._about(),
-        )
-
-    def _explain(self, names: list[str]) -> Answer:
-        view = self._reconciler.view()
-        for guest in view.decision.guests:
-            if names and names[0] in (guest.guest.name, guest.guest.uuid):
-                return {"ok": report.explain(guest, view.decision, self._policy(), view.snapshot)}
-        return {"error": f"no running guest is called {', '.join(names)}"}
 
     def _about(self) -> Mapping[str, Any]:
         return {
