@@ -214,6 +214,8 @@ class Service:
         if policy is None:
             self._say(Kind.POLICY_BAD, f"{self._path} has problems; the running policy stays", Level.ERROR)
         else:
+            if policy.uri != self._policy().uri:
+                self._say(Kind.POLICY, "daemon: uri takes effect when rtpind is restarted", Level.WARNING)
             self._adopt(policy)
             self._say(Kind.POLICY, f"{self._path} read again, {self._mode()}", Level.NOTICE)
             self._full_due = 0.0
