@@ -169,7 +169,7 @@ class Lab:
         self._uri = uri
         libvirt.registerErrorHandler(lambda *_: None, None)  # else it prints what is raised as well
         self.conn = libvirt.open(uri)
-        self._dir = Path(tempfile.mkdtemp(prefix="rtpind-lab-", dir="/var/tmp"))
+        self._dir = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir="/var/tmp"))
         self._dir.chmod(0o755)
         self.guests: dict[str, Guest] = {}
 

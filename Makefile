@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# Each target does its own set-up (tools/setup): Debian 12 or 13, root for packages and libvirtd.
+
+PYTHON := .venv/bin/python
+# More words for pytest (make test ARGS="-k drift") or for the demonstration.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: ## build .venv with rtpind and rtpinctl in .venv/bin
+	@tools/setup venv
+
+demo: ## see rtpind work on throwaway guests, in about a minute (root)
+	@tools/setup demo
+	@$(PYTHON) -m demo.run $(ARGS)
+
+test: ## all checks and tests; ARGS="-k word" passes words to pytest (live tests: root)
+	@tools/setup test
+	@$(MAKE) --no-print-directory lint
+	$(PYTHON) -m coverage run -m pytest $(ARGS)
+	$(if $(ARGS),,$(PYTHON) -m coverage report --fail-under=100 --include='rtpind/core/*' --skip-covered)
+
+lint: ## ruff, mypy --strict and the import contracts
+	@tools/setup venv
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy --strict
+	.venv/bin/lint-imports --no-cache
+
+clean: ## remove .venv and everything else that was built
+	rm -rf .venv .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
