@@ -1,4 +1,4 @@
-"""The dozen names of libvirt-python that rtpind uses."""
+# The dozen names of libvirt-python that rtpind uses.
 
 from collections.abc import Callable
 from typing import Any

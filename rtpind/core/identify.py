@@ -88,6 +88,7 @@ def identify(
         pid=process[0],
         pid_start=process[1],
         threads=threads,
+        young=any(sighting.id.tid == process[0] and sighting.age_s < SETTLE_S for sighting in sightings),
         contested=tuple(sorted(contested)),
         doubtful=tuple(sorted(fresh)),
     )
@@ -98,7 +99,7 @@ def _claim(sighting: Sighting) -> str:
     if sighting.kind is not Kind.QEMU:
         return ""
     named, leaf = _named(sighting.comm), _LEAF.fullmatch(sighting.leaf)
-    if named is None or leaf is None or (leaf[1], int(leaf[2])) != named:
+    if leaf is None or (leaf[1], int(leaf[2])) != named:
         return ""
     return f"{named[0]} {named[1]}"
 

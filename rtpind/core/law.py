@@ -62,22 +62,29 @@ class State:
 
     def intrudes(self, thread: Thread, now: Placement) -> list[Thread]:
         """Return the FIFO vCPUs beside which ``thread`` would newly, and unlawfully, run as in ``now``."""
-        before = self._now.get(thread.id)
-        fresh = now.cpus - before.cpus if before else now.cpus
         return [
             vcpu
-            for vcpu in self.beside(fresh, thread.id)
-            if self._fifo_vcpu(vcpu) and not may_share(vcpu, self._now[vcpu.id], thread, now)
+            for vcpu in self.beside(now.cpus, thread.id)
+            if self._breaks(vcpu, thread, now) and not self._breaks(vcpu, thread, self._now.get(thread.id))
         ]
+
+    def _breaks(self, vcpu: Thread, other: Thread, place: Placement | None) -> bool:
+        """Return whether promise 1 is broken with ``other`` as in ``place``, and ``vcpu`` as it is."""
+        now = self._now[vcpu.id]
+        return (
+            place is not None
+            and vcpu.role is Role.VCPU
+            and now.scheduling.realtime
+            and bool(place.cpus & now.cpus)
+            and not may_share(vcpu, now, other, place)
+        )
 
     def violations(self) -> set[tuple[ThreadId, ThreadId]]:
         """Return every (FIFO vCPU, thread beside it) that breaks promise 1."""
         return {
             (vcpu.id, other.id)
             for vcpu in self._threads.values()
-            if vcpu.id in self._now and self._fifo_vcpu(vcpu)
-            for other in self.shares(vcpu, self._now[vcpu.id])
+            if (now := self._now.get(vcpu.id)) is not None
+            for other in self.beside(now.cpus, vcpu.id)
+            if self._breaks(vcpu, other, self._now[other.id])
         }
-
-    def _fifo_vcpu(self, thread: Thread) -> bool:
-        return thread.role is Role.VCPU and self._now[thread.id].scheduling.realtime

@@ -25,7 +25,8 @@ def learn(
     wanted = decision.wanted()
     after = {outcome.step.thread.id: outcome.after for outcome in outcomes if outcome.after is not None}
     applied = [outcome for outcome in outcomes if outcome.result is Result.APPLIED]
-    touched = {outcome.step.thread.id for outcome in applied}
+    # A thread that is held off its place without FIFO is still one that somebody moved.
+    touched = {outcome.step.thread.id for outcome in applied if outcome.step.reason is not Reason.SAFETY}
     refused = _refused(memory, snapshot, wanted, outcomes)
     taught = replace(memory, refused=refused)
     right = _right_since(taught, snapshot, decision, after, finished)
@@ -105,8 +106,11 @@ def _refused(
     """Return the refusals that may still stand: those of threads not on their place, and the new ones."""
     now = {thread.id: thread.now for thread in snapshot.threads()}
     found = {
-        id_: entries for id_, entries in memory.refused.items() if id_ in wanted and not wanted[id_].holds(now[id_])
+        id_: tuple(entry for entry in entries if entry.observed == now[id_] or not wanted[id_].holds(now[id_]))
+        for id_, entries in memory.refused.items()
+        if id_ in wanted
     }
+    found = {id_: entries for id_, entries in found.items() if entries}
     for outcome in outcomes:
         thread = outcome.step.thread
         if outcome.result not in (Result.REFUSED, Result.NARROWED) or thread.id not in wanted:

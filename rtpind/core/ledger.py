@@ -131,7 +131,7 @@ def dump(ledger: Ledger) -> dict[str, Any]:
             for id_, entry in sorted(ledger.originals.items())
         ],
         "hands_off": {
-            uuid: {"kind": str(off.kind), "process": off.process, "until": off.until}
+            uuid: {"kind": str(off.kind), "process": off.process and [*off.process], "until": off.until}
             for uuid, off in sorted(ledger.hands_off.items())
         },
     }
@@ -152,6 +152,9 @@ def load(data: Any) -> Ledger:
             process = None if off["process"] is None else (int(off["process"][0]), int(off["process"][1]))
             until = None if off["until"] is None else float(off["until"])
             hands_off[str(uuid)] = Off(HandsOff(off["kind"]), process, until)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a ledger: {type(error).__name__}: {error}") from error
-    return Ledger(originals, hands_off)
+    ledger = Ledger(originals, hands_off)
+    if dump(ledger) != data:
+        raise ValueError("not a ledger: values that rtpind does not write")
+    return ledger

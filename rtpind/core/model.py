@@ -142,12 +142,22 @@ class Guest:
     pid_start: int
     threads: tuple[Thread, ...] = ()
     contested: tuple[str, ...] = ()  # labels that two threads claim: nobody gets them
+    young: bool = False  # its QEMU began so lately that libvirt may not have moved its threads yet
     doubtful: tuple[str, ...] = ()  # labels that two threads claim for the first time: look again
 
     @property
     def process(self) -> tuple[int, int]:
         """Pid and start time: one run of the guest; a reboot keeps it, a stop ends it."""
         return (self.pid, self.pid_start)
+
+    @property
+    def starting(self) -> bool:
+        """Whether libvirt has not begun to move its vCPUs: how many they are, and so what it needs, is not known.
+
+        Only while it is young: a guest that renames its threads later does not get out of anything by that.
+        """
+        vcpus = any(thread.role is Role.VCPU and thread.settled for thread in self.threads)
+        return self.young and not vcpus and not self.contested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,11 +36,13 @@ def standing(
         for thread in found.guest.threads:
             yield from _of_thread(thread, found, decision, memory, snapshot)
     for outcome in outcomes:
-        if outcome.result is Result.WOULD:
+        # What was not done is found anew at each pass; what was done is said as it happens.
+        if outcome.result in (Result.WOULD, Result.BLOCKED):
             step = outcome.step
             record = of_outcome(outcome, guests[step.thread.guest], snapshot.host)
-            if record is not None:
-                yield ("would", step.thread.id, step.cpus, step.scheduling, step.thread.now), record
+            assert record is not None
+            key = (str(outcome.result), step.thread.id, step.cpus, step.scheduling, outcome.before, outcome.beside)
+            yield key, record
     if policy.drift is not Drift.IGNORE:
         for thread, wanted in plan.drifted:
             guest = guests[thread.guest]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where every thread should be: (policy, snapshot, memory, ledger) → Decision. Pure and deterministic.
 
-In set equations, of pCPUs: ``held`` = what is given out exclusively, or carries a FIFO vCPU that rtpind leaves
-alone; a floating thread's mask = its pool − held; an exclusive pool's free pCPUs = pool − held − ``blocked``, where
-blocked = what the threads of guests that are not placed are narrowed to (promise 6).
+In set equations, of pCPUs: ``held`` = what is given out exclusively, or was given to a guest that rtpind now leaves
+alone, or carries its FIFO; a floating thread's mask = its pool − held; an exclusive pool's free pCPUs = pool − held −
+``blocked``, where blocked = what the threads of guests that are not placed are narrowed to (promise 6).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rtpind.core.cpuset import NO_CPUS, CpuSet
 from rtpind.core.ledger import HandsOff, Ledger
 from rtpind.core.memory import Memory, Wanted
 from rtpind.core.model import Guest, Host, Role, Snapshot, Thread, ThreadId
-from rtpind.core.policy import HOUSEKEEPING, Entry, Exclusive, GuestClass, Policy, Rule, WhenFull, pool_cpus
+from rtpind.core.policy import HOUSEKEEPING, Entry, Exclusive, GuestClass, Policy, Rule, WhenFull
 
 
 class State(StrEnum):
@@ -47,7 +47,7 @@ class GuestDecision:
     class_name: str = ""
     reason: str = ""
     wanted: Mapping[ThreadId, Wanted] = field(default_factory=dict)
-    roomless: frozenset[ThreadId] = frozenset()  # hot-plugged vCPUs without room: they stay with the helpers
+    roomless: frozenset[ThreadId] = frozenset()  # of a placed guest (hot-plugged, say): they stay with the helpers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,7 @@ class _Placing:
         self.blocked: dict[int, dict[str, str]] = {}  # pCPU → UUIDs of the guests narrowed to it, and their names
         self.held = NO_CPUS  # what floaters keep off
         self.given: dict[tuple[str, str], int] = {}  # (guest uuid, slot label) → pCPU
-        self.housekeeping = pool_cpus(policy.pools, HOUSEKEEPING, self.host) & self.host.online
+        self.housekeeping = policy.pool(HOUSEKEEPING, self.host)
 
     def decide(self) -> Decision:
         ordered = sorted(self.snapshot.guests, key=lambda guest: (guest.pid_start, guest.uuid))
@@ -138,7 +138,9 @@ class _Placing:
         self.block_fenced(placing)
         slots = {guest.uuid: self.slots(guest, class_) for guest, _, class_ in placing}
         self.keep(slots)
-        fits = {guest.uuid: self.fill(guest, slots[guest.uuid]) for guest, _, _ in placing}
+        # A thread that libvirt has not moved yet has only its name to show: what it needs comes last (promise 5).
+        filling = sorted(placing, key=lambda item: not all(thread.settled for thread in item[0].threads))
+        fits = {guest.uuid: self.fit(guest, class_, slots[guest.uuid]) for guest, _, class_ in filling}
         for guest, rule, class_ in placing:
             done[guest.uuid] = self.settle(guest, rule, class_, slots[guest.uuid], fits[guest.uuid])
         decided = tuple(done[guest.uuid] for guest in sorted(ordered, key=lambda guest: (guest.name, guest.uuid)))
@@ -164,12 +166,16 @@ class _Placing:
         return None
 
     def block(self, guest: Guest) -> None:
-        """Keep exclusive places off what a guest that is left alone is narrowed to, and floaters off its FIFO."""
+        """Keep exclusive places off what a guest that is left alone is narrowed to.
+
+        Floaters keep off its FIFO threads, and off the pCPUs that rtpind gave its vCPUs before.
+        """
         for thread in guest.threads:
             narrowed = self.narrowed(thread)
             for cpu in narrowed:
                 self.blocked.setdefault(cpu, {}).setdefault(guest.uuid, f"{guest.name}: {thread.label}")
-            if thread.now.scheduling.realtime:
+            alone = not thread.helper and len(narrowed) == 1 and not narrowed <= self.housekeeping
+            if thread.now.scheduling.realtime or (alone and guest.process in self.managed):
                 self.held |= narrowed
 
     def narrowed(self, thread: Thread) -> CpuSet:
@@ -193,10 +199,14 @@ class _Placing:
             entry = class_.entries[role]
             members = sorted(
                 (thread for thread in guest.threads if thread.role is role),  # unsettled ones need room too
-                key=lambda thread: (thread.index or 0, thread.id),
+                key=lambda thread: (thread.index or 0, not thread.settled, thread.id),
             )
             if entry.exclusive is Exclusive.THREAD:
-                found += [_Slot(thread.label, entry.pool, (thread,)) for thread in members]
+                own: dict[str, _Slot] = {}  # one for each vCPU, however many claim to be it
+                for thread in members:
+                    label = thread.label if thread.index is not None else f"{role} tid {thread.id.tid}"
+                    own.setdefault(label, _Slot(label, entry.pool, (thread,)))
+                found += own.values()
             elif entry.exclusive is Exclusive.GUEST and members:
                 shared = self.slot_label(class_, role)
                 earlier = next((slot for slot in found if slot.label == shared), None)
@@ -208,7 +218,7 @@ class _Placing:
 
     def slot_label(self, class_: GuestClass, role: Role) -> str:
         """Return whose pCPU a role of ``exclusive: guest`` uses: the emulator's, if it follows emulator."""
-        follows = class_.entries[role] is class_.entries[Role.EMULATOR]
+        follows = class_.entries[role] == class_.entries[Role.EMULATOR]
         return str(Role.EMULATOR) if follows else str(role)
 
     def keep(self, slots: Mapping[str, list[_Slot]]) -> None:
@@ -220,7 +230,9 @@ class _Placing:
                         continue
                     for thread in slot.threads:
                         place = self.memory.places.get(thread.id) if remembered else thread.now
-                        if place is not None and len(place.cpus) == 1 and self.free(slot.pool, uuid, place.cpus):
+                        if place is None or len(place.cpus) != 1 or not thread.settled:
+                            continue
+                        if self.free(slot.pool, uuid, place.cpus):
                             self.give(uuid, slot, place.cpus.first())
                             break
 
@@ -230,38 +242,53 @@ class _Placing:
         if among is not None:
             cpus &= among
         foreign = (cpu for cpu, who in self.blocked.items() if who.keys() - {uuid})
-        return cpus - CpuSet(self.owners) - CpuSet(foreign) - self.held
+        return cpus - CpuSet(self.owners) - CpuSet(foreign)
 
     def give(self, uuid: str, slot: _Slot, cpu: int) -> None:
         self.owners[cpu] = f"{slot.threads[0].guest}: {slot.label}"
         self.given[(uuid, slot.label)] = cpu
 
-    def fill(self, guest: Guest, slots: list[_Slot]) -> str:
+    def fit(self, guest: Guest, class_: GuestClass, slots: list[_Slot]) -> str:
         """Give a guest the places it lacks: all of them, or (but for one placed before) none. Return why not."""
+        short = self.unshared(guest, class_) or self.fill(guest, slots)
+        if short:
+            for slot in slots:
+                cpu = self.given.pop((guest.uuid, slot.label), None)
+                if cpu is not None:
+                    del self.owners[cpu]
+            if self.policy.when_full is WhenFull.LEAVE:
+                self.block(guest)
+        return short
+
+    def fill(self, guest: Guest, slots: list[_Slot]) -> str:
         lacking = [slot for slot in slots if (guest.uuid, slot.label) not in self.given]
-        before = dict(self.owners)
+        kept = any(self.placed(thread) for slot in slots if slot not in lacking for thread in slot.threads)
         short = ""
         for slot in lacking:
-            free = self.free(slot.pool, guest.uuid)
-            if free:
-                self.give(guest.uuid, slot, free.first())
+            free, former = self.free(slot.pool, guest.uuid), self.former(slot)
+            if free or former:
+                self.give(guest.uuid, slot, (free or former).first())
+                kept = kept or bool(former)
             else:
                 short = short or f"no free pCPU in '{slot.pool}' for {slot.label}"
-        if not short:
-            return ""
-        kept = len(slots) > len(lacking) and guest.process in self.managed
-        if kept and all(slot.label.startswith("vcpu") for slot in lacking):
-            return ""  # a vCPU plugged into a placed guest: the others keep their places
-        self.owners = before
-        for slot in slots:
-            cpu = self.given.pop((guest.uuid, slot.label), None)
-            if cpu is not None:
-                self.owners.pop(cpu, None)
-        return short
+        return "" if kept else short  # kept: a thread plugged into a placed guest takes no place from the others
+
+    def placed(self, thread: Thread) -> bool:
+        """Return whether rtpind gave this thread a place before: in this run, or in one that touched it."""
+        place = self.memory.places.get(thread.id)
+        return thread.id in self.ledger.originals or (place is not None and place.exclusive)
+
+    def former(self, slot: _Slot) -> CpuSet:
+        """Return the place rtpind gave a slot, though somebody is narrowed to it now: better than none (promise 6)."""
+        for thread in slot.threads:
+            touched = thread.now if thread.id in self.ledger.originals else None
+            place = self.memory.places.get(thread.id) or touched
+            if place is not None and len(place.cpus) == 1:
+                return (place.cpus & self.policy.pool(slot.pool, self.host)) - CpuSet(self.owners)
+        return NO_CPUS
 
     def settle(self, guest: Guest, rule: Rule, class_: GuestClass, slots: list[_Slot], short: str) -> GuestDecision:
         """Turn the given places of one guest into the wanted placement of each of its threads."""
-        short = short or self.unshared(guest, class_)
         common: dict[str, Any] = {"guest": guest, "rule": str(rule), "class_name": class_.name, "reason": short}
         if short and self.policy.when_full is WhenFull.LEAVE:
             return GuestDecision(state=State.LEFT, **common)
@@ -280,9 +307,9 @@ class _Placing:
             entry = class_.entries[thread.role]
             if thread.id in cpu_of:
                 wanted[thread.id] = self.at(cpu_of[thread.id], entry, class_)
-            elif entry.share_with is not None and entry.share_with in vcpu_places:
+            elif entry.share_with in vcpu_places:
                 wanted[thread.id] = self.at(vcpu_places[entry.share_with], entry, class_)
-            elif entry.exclusive and not short:
+            elif not short and (entry.exclusive or entry.share_with is not None):
                 roomless.add(thread.id)
                 cpus = self.afloat(class_.entries[Role.EMULATOR])
                 wanted[thread.id] = Wanted(cpus, withheld="no free pCPU")
@@ -302,7 +329,7 @@ class _Placing:
 
     def afloat(self, entry: Entry) -> CpuSet:
         """Return the mask of a thread without a pCPU of its own; empty where there is nowhere to be."""
-        pool = HOUSEKEEPING if entry.exclusive or entry.share_with is not None else entry.pool
+        pool = HOUSEKEEPING if entry.exclusive else entry.pool
         for name in (pool, HOUSEKEEPING):
             cpus = self.policy.pool(name, self.host) - CpuSet(self.owners) - self.held
             if cpus:

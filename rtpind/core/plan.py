@@ -7,15 +7,16 @@ floaters widen. Carrying it out, and asking the law before each step, is :mod:`r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any
 
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.law import may_share
 from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory, Wanted
-from rtpind.core.model import OTHER, Guest, Host, Role, Sched, Scheduling, Snapshot, Thread, ThreadId
+from rtpind.core.model import OTHER, Guest, Host, Placement, Role, Sched, Scheduling, Snapshot, Thread, ThreadId
 from rtpind.core.placement import Decision, GuestDecision
 from rtpind.core.policy import Drift
 
@@ -61,9 +62,18 @@ class Step:
     guarded: bool = True
 
     @property
-    def order(self) -> tuple[int, str, str, int, ThreadId]:
-        """Sort key: phase, then guest, role and index, so that equal input gives an equal plan."""
-        return (self.phase, self.thread.guest, self.thread.role, self.thread.index or 0, self.thread.id)
+    def order(self) -> tuple[int, int, str, str, int, ThreadId]:
+        """Sort key: phase, then guest, role and index, so that equal input gives an equal plan.
+
+        FIFO is taken from the lowest priority first and given to the highest first: a thread that may be beside a
+        FIFO vCPU, because it is above it, must not be seen there without FIFO.
+        """
+        rank = 0
+        if self.phase is Phase.DEMOTE:
+            rank = self.thread.now.scheduling.priority
+        elif self.phase is Phase.PROMOTE and self.scheduling is not None:
+            rank = -self.scheduling.priority
+        return (self.phase, rank, self.thread.guest, self.thread.role, self.thread.index or 0, self.thread.id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +83,7 @@ class Plan:
     steps: tuple[Step, ...] = ()
     drifted: tuple[tuple[Thread, Wanted], ...] = ()  # found off their place; not repaired when drift: says so
     fighters: tuple[Thread, ...] = ()  # would be repaired once too often
-    again: frozenset[str] = frozenset()
+    again: tuple[str, ...] = ()
 
 
 def make(decision: Decision, snapshot: Snapshot, memory: Memory, drift: Drift) -> Plan:
@@ -82,10 +92,12 @@ def make(decision: Decision, snapshot: Snapshot, memory: Memory, drift: Drift) -
     drifted: list[tuple[Thread, Wanted]] = []
     fighters: list[Thread] = []
     again = {guest.uuid for guest in snapshot.guests if guest.doubtful or _unsettled(guest)}
+    placed = decision.wanted()
+    strangers = [thread for thread in snapshot.threads() if thread.now.scheduling.realtime and thread.id not in placed]
     for guest in decision.guests:
         if not guest.state.managed:
             continue
-        planner = _Guest(guest, snapshot, memory, drift)
+        planner = _Guest(guest, snapshot, memory, drift, strangers)
         planner.run()
         steps += planner.steps
         drifted += planner.drifted
@@ -96,7 +108,7 @@ def make(decision: Decision, snapshot: Snapshot, memory: Memory, drift: Drift) -
         steps=tuple(sorted(steps, key=lambda step: step.order)),
         drifted=tuple(drifted),
         fighters=tuple(fighters),
-        again=frozenset(again),
+        again=tuple(sorted(again)),
     )
 
 
@@ -114,6 +126,15 @@ def in_place(guest: GuestDecision, memory: Memory, host: Host) -> bool:
     )
 
 
+def is_drift(thread: Thread, wanted: Wanted, memory: Memory) -> bool:
+    """Return whether somebody took the thread off a place on which it was verified and that is still wanted.
+
+    A thread in place that lacks FIFO which rtpind itself took away is not drift.
+    """
+    seen = thread.id in memory.verified and memory.places.get(thread.id) == wanted
+    return seen and not (wanted.affine(thread.now) and thread.id in memory.owed)
+
+
 def release(guests: Iterable[Guest], ledger: Ledger) -> Plan:
     """Return the steps that put back what the threads of ``guests`` had before rtpind touched them.
 
@@ -128,29 +149,33 @@ def release(guests: Iterable[Guest], ledger: Ledger) -> Plan:
             if entry is None:
                 continue
             old, now = entry.placement, thread.now
-            moves = old.cpus != now.cpus
+            moves, changes = old.cpus != now.cpus, old.scheduling != now.scheduling
+            calm = OTHER if old.scheduling.realtime or old.scheduling.sched is Sched.DEADLINE else old.scheduling
             common: dict[str, Any] = {"thread": thread, "reason": Reason.RELEASE, "guarded": False}
-            if now.scheduling.realtime and (moves or now.scheduling != old.scheduling):
-                calm = OTHER if old.scheduling.realtime else old.scheduling
+            falls = now.scheduling.realtime and (moves or changes)
+            if falls or (changes and not old.scheduling.realtime and calm != now.scheduling):
                 steps.append(Step(phase=Phase.DEMOTE, scheduling=calm, **common))
             if moves:
                 steps.append(Step(phase=Phase.LEAVE, cpus=old.cpus, **common))
-            if old.scheduling.realtime and (moves or now.scheduling != old.scheduling):
+            if old.scheduling.realtime and (moves or changes):
                 steps.append(Step(phase=Phase.PROMOTE, scheduling=old.scheduling, **common))
     return Plan(steps=tuple(sorted(steps, key=lambda step: step.order)))
 
 
 def _unsettled(guest: Guest) -> bool:
-    return any(not thread.settled for thread in guest.threads)
+    return guest.starting or any(not thread.settled for thread in guest.threads)
 
 
 class _Guest:
     """The steps of one guest."""
 
-    def __init__(self, guest: GuestDecision, snapshot: Snapshot, memory: Memory, drift: Drift) -> None:
+    def __init__(
+        self, guest: GuestDecision, snapshot: Snapshot, memory: Memory, drift: Drift, strangers: Sequence[Thread]
+    ) -> None:
         self.guest = guest
         self.memory = memory
         self.drift = drift
+        self.strangers = strangers  # realtime threads that are not for rtpind to move
         self.time = snapshot.time
         since = memory.right_since.get(guest.guest.process)
         self.host = snapshot.host
@@ -160,78 +185,113 @@ class _Guest:
         self.steps: list[Step] = []
         self.drifted: list[tuple[Thread, Wanted]] = []
         self.fighters: list[Thread] = []
-        self.staying: list[Thread] = []  # helpers that are where they should not be, and will not move now
+        self.threads = sorted(guest.guest.threads, key=lambda thread: thread.id)
+        self.planned = {thread.id: thread.now for thread in self.threads}  # where the steps so far lead
+        self.demoted: set[ThreadId] = set()
+        self.promotable: list[tuple[Thread, Wanted, Reason]] = []
 
     def run(self) -> None:
-        threads = self.guest.guest.threads
-        for thread in sorted(threads, key=lambda thread: (not thread.helper, thread.id)):  # helpers first
-            wanted = self.guest.wanted.get(thread.id)
-            if wanted is None:
-                if thread.helper:
-                    self.staying.append(thread)
-            elif not wanted.holds(thread.now):
-                self.thread(thread, wanted)
-            elif wanted.priority and thread.role is Role.VCPU and self.beside(wanted):
-                self.step(thread, Reason.SAFETY, Phase.DEMOTE, scheduling=OTHER)  # promise 1
+        wanted = self.guest.wanted
+        for thread in self.threads:
+            if thread.id in wanted and not wanted[thread.id].holds(thread.now):
+                self.thread(thread, wanted[thread.id])
+        # The highest priority first: what is FIFO above a vCPU may be beside it.
+        for thread, place, reason in sorted(self.promotable, key=lambda item: -item[1].priority):
+            self.promote(thread, place, reason)
+        for thread in self.threads:
+            if thread.role is Role.VCPU and thread.id in wanted:
+                self.guard(thread, wanted[thread.id])
 
     def thread(self, thread: Thread, wanted: Wanted) -> None:
-        """Plan for one thread that is not where it should be."""
+        """Plan for one thread that is not where it should be: what lets it leave and move."""
         reason = self.reason(thread, wanted)
-        if self.memory.fighting(thread.id, self.time):
-            self.hold_back(thread, wanted)
+        affine = wanted.affine(thread.now)
+        if self.held_back(thread, wanted, reason):
+            if thread.now.scheduling.realtime and not (affine and wanted.priority):
+                self.demote(thread, wanted, Reason.SAFETY)  # it stays off its place, but not with FIFO
             return
+        falls = thread.now.scheduling.realtime and (not affine or not wanted.priority)
+        if falls and not self.demote(thread, wanted, reason):
+            return
+        if not affine:
+            self.step(thread, reason, self.move_phase(thread, wanted), cpus=wanted.cpus)
+        if wanted.priority and (falls or not wanted.scheduled(thread.now)):
+            self.promotable.append((thread, wanted, reason))
+
+    def held_back(self, thread: Thread, wanted: Wanted, reason: Reason) -> bool:
+        """Return whether a thread is not to be put on its place now; note drift and fights."""
+        if self.memory.fighting(thread.id, self.time):
+            return True
         if reason is Reason.DRIFT:
             self.drifted.append((thread, wanted))
             if self.drift is not Drift.REPAIR:
-                self.hold_back(thread, wanted)
-                return
+                return True
         if self.memory.tired(thread.id, self.time):
             self.fighters.append(thread)
-            self.hold_back(thread, wanted)
-            return
-        affine = wanted.affine(thread.now)
-        realtime = thread.now.scheduling.realtime
-        if not affine and not self.may_move(thread, wanted):
-            self.hold_back(thread, wanted)
-            return
-        demoted = realtime and (not affine or not wanted.priority)
-        if demoted:
-            self.step(thread, reason, Phase.DEMOTE, scheduling=OTHER)
-        if not affine:
-            self.step(thread, reason, self.move_phase(thread, wanted), cpus=wanted.cpus)
-        if wanted.priority and (demoted or not wanted.scheduled(thread.now)):
-            self.promote(thread, wanted, reason)
+            return True
+        return not wanted.affine(thread.now) and not self.may_move(thread, wanted)
 
     def reason(self, thread: Thread, wanted: Wanted) -> Reason:
         before = self.memory.places.get(thread.id)
-        if before is None:
-            return Reason.PLACE
-        if before != wanted:
+        if before is not None and before != wanted:
             return Reason.POLICY
-        return Reason.DRIFT if thread.id in self.memory.verified else Reason.PLACE
+        return Reason.DRIFT if is_drift(thread, wanted, self.memory) else Reason.PLACE
 
     def may_move(self, thread: Thread, wanted: Wanted) -> bool:
         """Return whether to ask the kernel: not for what it forbids, nor again what it refused unchanged."""
         return thread.movable and self.memory.refusal(thread, wanted, self.host, affinity=True) is None
 
-    def hold_back(self, thread: Thread, wanted: Wanted) -> None:
-        """A thread that stays off its place keeps no FIFO there, and takes FIFO from a vCPU it can run beside."""
-        if thread.now.scheduling.realtime and not (wanted.affine(thread.now) and wanted.priority):
-            self.step(thread, Reason.SAFETY, Phase.DEMOTE, scheduling=OTHER)
-        if thread.helper:
-            self.staying.append(thread)
-
-    def beside(self, wanted: Wanted) -> bool:
-        """Return whether a helper stays where a vCPU is to be FIFO."""
-        return any(helper.now.cpus & wanted.cpus for helper in self.staying)
+    def demote(self, thread: Thread, wanted: Wanted, reason: Reason) -> bool:
+        """Take FIFO from a thread; return False where the kernel refused just that and nothing has changed."""
+        refusal = self.memory.refusal(thread, wanted, self.host, affinity=False)
+        if refusal is not None and refusal.observed == thread.now:
+            return False
+        self.step(thread, reason, Phase.DEMOTE, scheduling=OTHER)
+        self.demoted.add(thread.id)
+        return True
 
     def promote(self, thread: Thread, wanted: Wanted, reason: Reason) -> None:
-        if thread.role is Role.VCPU and self.beside(wanted):
+        if thread.role is Role.VCPU and self.beside(thread, wanted):
             return
         if self.memory.refusal(thread, wanted, self.host, affinity=False) is not None:
             return
         scheduling = Scheduling(Sched.FIFO, wanted.priority, reset_on_fork=True)
         self.step(thread, reason, Phase.PROMOTE, scheduling=scheduling, gated=not self.looked)
+
+    def beside(self, vcpu: Thread, wanted: Wanted) -> bool:
+        """Return whether a thread would still be, unlawfully, where a vCPU is to be FIFO (promise 1)."""
+        place = Placement(wanted.cpus, Scheduling(Sched.FIFO, wanted.priority))
+        own = any(
+            self.planned[other.id].cpus & wanted.cpus and not may_share(vcpu, place, other, self.planned[other.id])
+            for other in self.threads
+            if other.id != vcpu.id
+        )
+        return own or any(
+            stranger.now.cpus & wanted.cpus for stranger in self.strangers if stranger.guest != vcpu.guest
+        )
+
+    def guard(self, vcpu: Thread, wanted: Wanted) -> None:
+        """Take FIFO from a vCPU in place beside which a thread of its guest stays, or passes without FIFO."""
+        if not vcpu.now.scheduling.realtime or not wanted.affine(vcpu.now) or vcpu.id in self.demoted:
+            return
+        others = [other for other in self.threads if other.id != vcpu.id]
+        if any(self.stays(vcpu, other) for other in others):
+            self.steps = [step for step in self.steps if step.thread.id != vcpu.id]
+            self.demote(vcpu, wanted, Reason.SAFETY)
+        elif any(self.passes(vcpu, other) for other in others):
+            fell = self.demote(vcpu, wanted, Reason.SAFETY)
+            if fell and wanted.scheduled(vcpu.now):
+                self.promote(vcpu, wanted, Reason.SAFETY)
+
+    def stays(self, vcpu: Thread, other: Thread) -> bool:
+        now, planned = vcpu.now, self.planned[other.id]
+        return bool(planned.cpus & now.cpus) and not may_share(vcpu, now, other, planned)
+
+    def passes(self, vcpu: Thread, other: Thread) -> bool:
+        """Return whether ``other``, which may be beside the vCPU before or after, will not be above it in between."""
+        arrives = bool((self.planned[other.id].cpus - other.now.cpus) & vcpu.now.cpus)
+        falls = other.id in self.demoted and may_share(vcpu, vcpu.now, other, other.now)
+        return arrives or (falls and bool(other.now.cpus & vcpu.now.cpus))
 
     def move_phase(self, thread: Thread, wanted: Wanted) -> Phase:
         if thread.now.cpus < wanted.cpus:
@@ -248,6 +308,8 @@ class _Guest:
         scheduling: Scheduling | None = None,
         gated: bool = False,
     ) -> None:
+        now = self.planned[thread.id]
+        self.planned[thread.id] = Placement(cpus or now.cpus, scheduling or now.scheduling)
         self.steps.append(
             Step(
                 phase=phase,

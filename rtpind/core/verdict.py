@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rtpind.core.cpuset import CpuSet
 from rtpind.core.law import State as Law
+from rtpind.core.law import may_share
 from rtpind.core.memory import Memory, Wanted
-from rtpind.core.model import Host, Role, Snapshot, Thread
+from rtpind.core.model import Host, Placement, Role, Sched, Scheduling, Snapshot, Thread
 from rtpind.core.placement import Decision, GuestDecision, State
+from rtpind.core.plan import is_drift
 
 
 class Verdict(StrEnum):
@@ -79,7 +80,9 @@ def _judge(thread: Thread, guest: GuestDecision, memory: Memory, snapshot: Snaps
         return _BY_STATE[guest.state], guest.reason
     wanted = guest.wanted.get(thread.id)
     if wanted is None:
-        return Verdict.PENDING, "no pCPU for it" if thread.settled else "libvirt has not moved it into its cgroup yet"
+        if thread.settled:
+            return Verdict.NOT_PLACED, "no pCPU for it"
+        return Verdict.PENDING, "libvirt has not moved it into its cgroup yet"
     if memory.fighting(thread.id, snapshot.time):
         return Verdict.PAUSED, "something else keeps moving it"
     if wanted.holds(thread.now):
@@ -89,7 +92,7 @@ def _judge(thread: Thread, guest: GuestDecision, memory: Memory, snapshot: Snaps
     hindered = _hindered(thread, guest, wanted, memory, snapshot)
     if hindered is not None:
         return hindered
-    if thread.id in memory.verified and memory.places.get(thread.id) == wanted:
+    if is_drift(thread, wanted, memory):
         return Verdict.DRIFTED, f"wanted pCPU {wanted.cpus}"
     return Verdict.PENDING, ""
 
@@ -98,24 +101,32 @@ def _hindered(
     thread: Thread, guest: GuestDecision, wanted: Wanted, memory: Memory, snapshot: Snapshot
 ) -> tuple[Verdict, str] | None:
     """Return what keeps a thread from its place; None when nothing is known to."""
+    unscheduled = memory.refusal(thread, wanted, snapshot.host, affinity=False)
     if not wanted.affine(thread.now):
         refusal = memory.refusal(thread, wanted, snapshot.host, affinity=True)
         if refusal is not None:
             return Verdict.FENCED, refusal.text
-        return None if thread.movable else (Verdict.FENCED, "the kernel lets nobody move this thread")
-    refusal = memory.refusal(thread, wanted, snapshot.host, affinity=False)
-    if refusal is not None:
-        return Verdict.NO_FIFO, refusal.text
-    helper = _helper_beside(thread, guest, wanted.cpus) if wanted.priority else None
-    if helper is not None:
-        return Verdict.NO_FIFO, f"its guest's {helper.label} ({helper.comm}) can run on pCPU {wanted.cpus}"
-    return None
+        if not thread.movable:
+            return Verdict.FENCED, "the kernel lets nobody move this thread"
+        return (Verdict.PENDING, unscheduled.text) if unscheduled is not None else None
+    if unscheduled is not None:
+        return Verdict.NO_FIFO, unscheduled.text
+    why = _beside(thread, guest, wanted, memory, snapshot) if wanted.priority and not thread.helper else ""
+    return (Verdict.NO_FIFO, why) if why else None
 
 
-def _helper_beside(vcpu: Thread, guest: GuestDecision, cpus: CpuSet) -> Thread | None:
-    if vcpu.role is not Role.VCPU:
-        return None
-    return next((thread for thread in guest.guest.threads if thread.helper and thread.now.cpus & cpus), None)
+def _beside(vcpu: Thread, guest: GuestDecision, wanted: Wanted, memory: Memory, snapshot: Snapshot) -> str:
+    """Return who keeps a vCPU in place from FIFO; "" for nobody, or for threads that are about to leave."""
+    place = Placement(wanted.cpus, Scheduling(Sched.FIFO, wanted.priority))
+    for other in snapshot.threads():
+        if other.id == vcpu.id or not other.now.cpus & wanted.cpus or may_share(vcpu, place, other, other.now):
+            continue
+        if other.guest == vcpu.guest:
+            if _judge(other, guest, memory, snapshot)[0] is not Verdict.PENDING:
+                return f"its guest's {other.label} ({other.comm}) can run on pCPU {wanted.cpus}"
+        elif other.now.scheduling.realtime:
+            return f"a realtime {other.label} ({other.comm}) of another guest can run on pCPU {wanted.cpus}"
+    return ""
 
 
 def hazards(threads: Iterable[Thread], host: Host) -> Iterator[Hazard]:

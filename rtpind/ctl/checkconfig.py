@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 from rtpind.core.document import Problem
 from rtpind.ctl import show
@@ -38,7 +39,7 @@ def check_config(options: argparse.Namespace) -> int:
     return 0 if policy is not None else EXIT_CONFIG
 
 
-def print_problems(problems: Iterable[Problem], path: Path) -> None:
-    """Print problems, one in a line."""
+def print_problems(problems: Iterable[Problem], path: Path, file: TextIO | None = None) -> None:
+    """Print problems, one in a line, to ``file`` (default: standard output)."""
     for problem in problems:
-        print(problem.text(str(path)))
+        print(show.plain(problem.text(str(path))), file=file)

@@ -63,7 +63,7 @@ def _do(options: argparse.Namespace, request: dict[str, Any]) -> int:
         show.as_json(answer["ok"])
     else:
         for name, text in answer["ok"]["guests"].items():
-            print(f"{name}: {text}")
+            print(show.plain(f"{name}: {text}"))
         if not answer["ok"]["guests"]:
             print("no guest runs")
     failed = any(text.startswith("not ") or "not every" in text for text in answer["ok"]["guests"].values())

@@ -36,8 +36,8 @@ def running(observer: Observer, uri: str = URI) -> dict[str, str]:
     found = {}
     for name, pid in pidfile.running().items():
         words = observer.proc.cmdline(pid)
-        uuid = words[words.index("-uuid") + 1] if "-uuid" in words[:-1] else name
-        found[uuid] = name
+        if "-uuid" in words[:-1]:  # else it is a helper that libvirt keeps a pid file of there, such as virtiofsd
+            found[words[words.index("-uuid") + 1]] = name
     return found
 
 

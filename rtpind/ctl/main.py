@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,14 +67,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0 good, 1 not, 2 usage, 78 the policy has problems."""
     options = parser().parse_args(argv)
     run: Command = options.run
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no "→"
     try:
-        return run(options)
+        code = run(options)
+        sys.stdout.flush()
     except BrokenPipeError:
-        sys.stderr.close()  # the reader went away (| head); nothing to complain about
+        # The reader went away (| head): nothing to complain about, also not when Python flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except PermissionError as error:
         show.error(f"{error.filename}: {error.strerror} (try as root)")
         return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,7 +100,7 @@ def _explained(options: argparse.Namespace) -> dict[str, Any] | int:
 def _no_policy(options: argparse.Namespace, looked: Looked) -> int:
     path = options.config or policysource.DEFAULT
     if looked.problems:
-        print_problems(looked.problems, path)
+        print_problems(looked.problems, path, sys.stderr)  # programs read JSON from stdout
     else:
         show.error(f"{path}: there is no policy file")
     return EXIT_CONFIG

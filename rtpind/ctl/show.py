@@ -25,14 +25,19 @@ def as_json(document: Mapping[str, Any]) -> None:
 
 def console() -> Console:
     """Return the console for tables: the terminal's width up to 100; piped always 100, without colours."""
-    made = Console(highlight=False)
+    made = Console(highlight=False, markup=False, emoji=False)
     made.width = min(made.width, _WIDTH) if made.is_terminal else _WIDTH
     return made
 
 
+def plain(text: str) -> str:
+    """Return a text without control characters: a thread names itself, and must not steer the reader's terminal."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 def line(text: str) -> None:
     """Print a line of text; it folds at the width of the tables."""
-    console().print(text, markup=False)
+    _print(console(), Text(plain(text)))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, title: str = "") -> None:
@@ -44,14 +49,19 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, title
         made.add_column(name, no_wrap=True)
     made.add_column(columns[-1], overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(cell if isinstance(cell, Text) else Text(plain(cell)) for cell in row))
     if title:
+        line("")
         line(title)
+    _print(out, made)
+
+
+def _print(out: Console, what: Table | Text) -> None:
     if out.is_terminal:
-        out.print(made)
+        out.print(what)
         return
-    with out.capture() as captured:
-        out.print(made)
+    with out.capture() as captured:  # the console pads; programs want no blanks at the end
+        out.print(what)
     sys.stdout.writelines(text.rstrip() + "\n" for text in captured.get().splitlines())
 
 
@@ -62,7 +72,7 @@ def verdict(word: str | None) -> Text:
 
 def error(text: str) -> None:
     """Print what went wrong."""
-    print(f"rtpinctl: {text}", file=sys.stderr)
+    print(f"rtpinctl: {plain(text)}", file=sys.stderr)
 
 
 def where(cpus: str, scheduling: str) -> str:

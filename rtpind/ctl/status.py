@@ -79,7 +79,7 @@ def _header(found: Mapping[str, Any]) -> None:
 
 
 def _guest(guest: Mapping[str, Any], *, policy: bool) -> None:
-    title = f"\n{guest['name']}  (pid {guest['pid']}"
+    title = f"{guest['name']}  (pid {guest['pid']}"
     if policy:
         title += f", {guest['state']}" + (f", class {guest['class']}" if guest["class"] else "")
     title += ")" + (f": {guest['reason']}" if guest["reason"] else "")

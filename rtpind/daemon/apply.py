@@ -116,12 +116,11 @@ def _forbidden(step: Step, before: Placement, state: State) -> Sequence[Thread]:
     A foreign thread that is still there when FIFO is due could not be moved: it is an intruder, reported, and not
     a reason to withhold FIFO. One that is FIFO itself is: the two would never yield to each other.
     """
-    if step.cpus is not None:
-        return state.intrudes(step.thread, Placement(step.cpus, before.scheduling))
-    assert step.scheduling is not None
+    now = Placement(step.cpus or before.cpus, step.scheduling or before.scheduling)
+    intruded = state.intrudes(step.thread, now)
     if step.phase is not Phase.PROMOTE or step.thread.role is not Role.VCPU:
-        return []
-    others = state.shares(step.thread, Placement(before.cpus, step.scheduling))
+        return intruded
+    others = state.shares(step.thread, now)
     return [other for other in others if other.guest == step.thread.guest or _realtime(other, state)]
 
 

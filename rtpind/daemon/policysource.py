@@ -22,8 +22,10 @@ def read(path: Path, host: Host, *, strict: bool = False) -> tuple[Policy | None
     A file that others may write is a problem: whoever can write it can give any guest FIFO on any pCPU.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open) as file:
             status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return None, [Problem(1, "", "not a file", "a directory, a pipe or a device holds no policy")]
             text = file.read(4 * MAX_CHARS).decode("utf-8")
     except UnicodeDecodeError as error:
         return None, [Problem(1, "", f"not UTF-8: {error.reason} at byte {error.start}")]
@@ -34,9 +36,14 @@ def read(path: Path, host: Host, *, strict: bool = False) -> tuple[Policy | None
     return (None if others else policy), [*others, *problems]
 
 
+def _open(path: str, flags: int) -> int:
+    """Open for reading without waiting: a FIFO that nobody writes to must not hold up the daemon."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
 def _untrusted(status: os.stat_result) -> list[Problem]:
     found = []
-    if stat.S_ISREG(status.st_mode) and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         mode = stat.S_IMODE(status.st_mode)
         found.append(Problem(1, "", f"others may write this file (mode {mode:04o})", "chmod go-w"))
     if status.st_uid not in (0, os.geteuid()):

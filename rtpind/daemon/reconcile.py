@@ -12,7 +12,7 @@ from rtpind.core.audit import Kind, Level, Outcome, Record, Result, guest_fields
 from rtpind.core.learn import learn
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off, Process
 from rtpind.core.memory import Memory
-from rtpind.core.model import Guest, Snapshot, Thread
+from rtpind.core.model import Guest, Snapshot
 from rtpind.core.notices import fight, standing
 from rtpind.core.placement import Decision, place
 from rtpind.core.plan import Plan
@@ -52,6 +52,7 @@ class Reconciler:
         self.domains: dict[str, str] = {}  # UUID → name
         self.memory = Memory()
         self.ledger = Ledger()
+        self._unwritable = ""  # why the ledger could not be written, as last said
 
     def open_ledger(self) -> None:
         """Read the ledger; set a damaged one aside, on record."""
@@ -71,13 +72,14 @@ class Reconciler:
         """Look, and decide what should be done, by the running policy or another; changes nothing."""
         policy = policy or self.policy
         assert policy is not None
-        snapshot = self.observer.look(self.domains, self.memory, only)
-        decision = place(policy, snapshot, self.memory, self.ledger, time.time())
-        return View(
-            snapshot=snapshot,
-            decision=decision,
-            plan=planning.make(decision, snapshot, self.memory, policy.drift),
-        )
+        while True:
+            snapshot = self.observer.look(self.domains, self.memory, only)
+            decision = place(policy, snapshot, self.memory, self.ledger, time.time())
+            plan = planning.make(decision, snapshot, self.memory, policy.drift)
+            acted = {step.thread.guest for step in plan.steps}
+            if only is None or acted <= set(only):
+                return View(snapshot=snapshot, decision=decision, plan=plan)
+            only = acted.union(only)  # the others are as they were last seen, which is nothing to act on
 
     def run(self, only: Collection[str] | None = None) -> View:
         """Do one pass over all guests, or ``only`` some; returns what was found and planned."""
@@ -95,9 +97,7 @@ class Reconciler:
             return []
         if not self.enforcing:
             return pretend(view.plan)
-        touched = {step.thread.guest for step in view.plan.steps if not step.gated}
-        threads = [thread for guest in view.snapshot.guests if guest.uuid in touched for thread in guest.threads]
-        if not self._record(threads):
+        if not self._record(view):
             return []
         return self._apply(view.plan, view.snapshot)
 
@@ -106,14 +106,28 @@ class Reconciler:
 
         def say(outcome: Outcome) -> None:
             record = of_outcome(outcome, guests[outcome.step.thread.guest], snapshot.host)
-            if record is not None:
+            if record is not None and outcome.result is not Result.BLOCKED:  # that stands: see _say
                 self.emit(record)
 
         return apply(plan, snapshot, self.kernel, say)
 
-    def _record(self, threads: Iterable[Thread]) -> bool:
-        """Write down what threads have before they are touched (promise 8); without that nothing is touched."""
-        return self._keep(self.ledger.recording(threads))
+    def _record(self, view: View) -> bool:
+        """Write down what threads have before they are touched (promise 8); without that nothing is touched.
+
+        With the first touch of a guest all its threads are; one that libvirt has yet to move, or that began later,
+        when it is touched itself: release knows what else to give it.
+        """
+        touched = {step.thread.id: step.thread for step in view.plan.steps if not step.gated}
+        fresh = {thread.guest for thread in touched.values()}
+        managed = self.ledger.managed()
+        threads = [
+            thread
+            for guest in view.snapshot.guests
+            if guest.uuid in fresh and guest.process not in managed
+            for thread in guest.threads
+            if thread.settled
+        ]
+        return self._keep(self.ledger.recording([*threads, *touched.values()]))
 
     def _keep(self, ledger: Ledger) -> bool:
         if ledger is self.ledger:
@@ -122,8 +136,11 @@ class Reconciler:
             self.file.write(ledger)
         except OSError as error:
             text = f"the ledger cannot be written ({error}); no thread is touched that is not in it"
-            self.emit(Record(Kind.LEDGER, text, Level.ERROR))
+            if text != self._unwritable:
+                self.emit(Record(Kind.LEDGER, text, Level.ERROR))
+            self._unwritable = text
             return False
+        self._unwritable = ""
         self.ledger = ledger
         return True
 
@@ -183,7 +200,11 @@ class Reconciler:
         off = {guest.uuid: Off(HandsOff.PAUSED, guest.process, until) for guest in guests}
         if not names:
             off = {EVERYONE: Off(HandsOff.PAUSED, None, until)}
-        kept = {uuid: entry for uuid, entry in self.ledger.hands_off.items() if entry.kind is HandsOff.RELEASED}
+        kept = {
+            uuid: entry
+            for uuid, entry in self.ledger.hands_off.items()
+            if entry.kind is HandsOff.RELEASED and (uuid not in off or entry.process == off[uuid].process)
+        }
         if not self._keep(replace(self.ledger, hands_off={**self.ledger.hands_off, **off, **kept})):
             return {guest.name: "not paused: the ledger cannot be written" for guest in guests}
         return self._answer(guests, "paused", everyone=not names)

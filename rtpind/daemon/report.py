@@ -23,6 +23,7 @@ def facts(host: Host, policy: Policy | None, others: Mapping[str, str]) -> list[
     inside = helpers & host.isolated
     mixed = [cpu for cpu in exclusive if (host.siblings or {}).get(cpu, CpuSet()) & helpers]
     throttled = host.throttles is not False and host.rt_runtime_us not in (None, -1)
+    unread = host.throttles is not False and host.rt_runtime_us is None
     if host.fair_server is None:
         fair = "unknown (debugfs cannot be read); it counts as on"
     else:
@@ -36,7 +37,7 @@ def facts(host: Host, policy: Policy | None, others: Mapping[str, str]) -> list[
         ),
         (
             "RT throttling",
-            f"{host.rt_runtime_us} us per s" if throttled else "off",
+            f"{host.rt_runtime_us} us per s" if throttled else "unknown" if unread else "off",
             "FIFO loses up to 5 % of its pCPU" if throttled else "",
         ),
         ("fair server", fair, ""),

@@ -169,7 +169,7 @@ class Service:
         for guest in view.snapshot.guests:
             if guest.uuid not in view.plan.again:
                 continue
-            if guest.doubtful or any(not thread.settled for thread in guest.threads):
+            if guest.starting or guest.doubtful or any(not thread.settled for thread in guest.threads):
                 self._inbox.look_in(_STARTING_S, guest.uuid)
             # In place, and only the second look is missing. A guest that is not in place waits for the period.
             if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:

@@ -11,8 +11,8 @@ from pathlib import Path
 from rtpind.core.cpuset import CpuListError, CpuSet
 from rtpind.core.model import Kind, Limits
 
-#: Hierarchies into which libvirt moves vCPU and iothread threads (virCgroupAddThread); "" is cgroup 2.
-_THREADED = ("cpuset", "cpu", "cpuacct", "")
+#: Version 1 hierarchies into which libvirt moves vCPU and iothread threads (virCgroupAddThread).
+_THREADED = ("cpuset", "cpu", "cpuacct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,20 @@ class Groups:
         libvirt moves a thread one hierarchy after the other; in between they differ, and FIFO would make the
         next move fail (RT_GROUP_SCHED, sched_rt_can_attach).
         """
-        leaves = {self.paths[name].rpartition("/")[2] for name in _THREADED if self.paths.get(name, "/") != "/"}
+        # Where both are version 1, version 2 is systemd's alone (hybrid layout): its leaf there is the scope.
+        threaded = _THREADED if {"cpuset", "cpu"} <= self.paths.keys() else (*_THREADED, "")
+        leaves = {self.paths[name].rpartition("/")[2] for name in threaded if self.paths.get(name, "/") != "/"}
         return leaves.pop() if len(leaves) == 1 else ""
 
 
 def parse(text: str) -> Groups:
     """Read the text of /proc/PID/cgroup."""
     paths: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines(): a cgroup's name may hold what that takes for a line's end
         _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        controllers, found, path = rest.partition(":")
+        if not found:
+            continue
         for name in controllers.split(","):
             paths[name] = path
     return Groups(paths)
@@ -121,7 +125,7 @@ class Cgroups:
 def _mounts(root: Path) -> dict[str, str]:
     """Return mount points by controller, from mountinfo (proc(5)); "" is cgroup 2."""
     found: dict[str, str] = {}
-    for line in (_read(str(root / "proc/self/mountinfo")) or "").splitlines():
+    for line in (_read(str(root / "proc/self/mountinfo")) or "").split("\n"):
         before, _, after = line.partition(" - ")
         kind, _, options = [*after.split(" ", 2), "", ""][:3]
         if kind not in ("cgroup", "cgroup2"):

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rtpind.host.ledgerfile import STATE_DIR
 
 SOCKET = "control"
 _MAX_REQUEST = 64 * 1024
+_PATIENCE_S = 5.0
 
 Answer = Mapping[str, Any]
 
@@ -48,22 +50,26 @@ class ControlServer:
 
     def stop(self) -> None:
         """Stop listening and remove the socket."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        server, self._socket = self._socket, None
+        if server is not None:
+            with contextlib.suppress(OSError):
+                server.shutdown(socket.SHUT_RDWR)  # closing alone does not wake accept()
+            server.close()
             with contextlib.suppress(OSError):
                 self._path.unlink()
 
     def _serve(self, server: socket.socket) -> None:
-        while True:
+        while self._socket is server:
             try:
                 client, _ = server.accept()
-            except OSError:
-                return
-            with client, contextlib.suppress(OSError, ValueError):
-                client.settimeout(5.0)
-                request = json.loads(_line(client))
+            except OSError:  # stopped, or out of file descriptors for a while
+                time.sleep(0.1)
+                continue
+            # RecursionError: brackets without end.
+            with client, contextlib.suppress(OSError, ValueError, RecursionError):
+                request = json.loads(_line(client, _MAX_REQUEST, _PATIENCE_S))
                 reply = self._answer(request) if isinstance(request, dict) else {"error": "not an object"}
+                client.settimeout(_PATIENCE_S)
                 client.sendall(json.dumps(reply).encode() + b"\n")
 
 
@@ -75,7 +81,7 @@ def ask(request: Answer, directory: Path = STATE_DIR, timeout_s: float = 10.0) -
         with client:
             client.connect(str(directory / SOCKET))
             client.sendall(json.dumps(request).encode() + b"\n")
-            answer = json.loads(_line(client, None))
+            answer = json.loads(_line(client, None, timeout_s))
     except (OSError, ValueError) as error:
         raise UnreachableError(str(error) or type(error).__name__) from error
     if not isinstance(answer, dict):
@@ -83,9 +89,12 @@ def ask(request: Answer, directory: Path = STATE_DIR, timeout_s: float = 10.0) -
     return answer
 
 
-def _line(client: socket.socket, limit: int | None = _MAX_REQUEST) -> bytes:
+def _line(client: socket.socket, limit: int | None, patience_s: float) -> bytes:
+    """Return one line that arrives whole in that time. Raises ValueError or OSError."""
     found = bytearray()
+    deadline = time.monotonic() + patience_s
     while not found.endswith(b"\n"):
+        client.settimeout(max(deadline - time.monotonic(), 0.001))
         part = client.recv(65536)
         if not part or (limit is not None and len(found) > limit):
             raise ValueError("no complete line")

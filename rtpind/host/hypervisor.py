@@ -123,7 +123,8 @@ class Hypervisor:
     def _connect(self) -> None:
         self._closed = False
         self._conn = libvirt.openReadOnly(self._uri)
-        self._conn.setKeepAlive(*_KEEPALIVE)
+        with contextlib.suppress(libvirt.libvirtError):
+            self._conn.setKeepAlive(*_KEEPALIVE)  # a driver inside this process has none
         self._conn.registerCloseCallback(self._on_close, None)
         self._register("LIFECYCLE", self._on_lifecycle)
         for event in ("REBOOT", "TUNABLE", "DEVICE_ADDED", "DEVICE_REMOVED"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ class Journal:
 
     def __init__(self, socket: Path = _SOCKET, stderr: TextIO | None = None) -> None:
         self._socket = socket
-        self._stderr = stderr if stderr is not None else sys.stderr
+        self._stderr: TextIO | None = stderr if stderr is not None else sys.stderr
 
     def send(self, record: Record) -> None:
         """Write one record."""
@@ -35,7 +36,7 @@ class Journal:
             ]
             try:
                 journal.sendv(*lines)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a path that is not UTF-8
                 self._print(record, fields, f"journal: {error}")
         else:
             self._print(record, fields)
@@ -43,16 +44,21 @@ class Journal:
     def _print(self, record: Record, fields: dict[str, str], note: str = "") -> None:
         extra = " ".join(f"{name}={value!r}" if " " in value else f"{name}={value}" for name, value in fields.items())
         text = " ".join(part for part in (record.level.name.lower() + ":", record.message, note) if part)
+        line = f"rtpind: {text}" + (f" [{extra}]" if extra else "")
+        if self._stderr is None:  # it was closed when Python started
+            return
         try:
-            self._stderr.write(f"rtpind: {text}" + (f" [{extra}]" if extra else "") + "\n")
+            self._stderr.write("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line))
+            self._stderr.write("\n")
             self._stderr.flush()
         except (OSError, ValueError):
             pass  # nobody listens; the record has nowhere to go and must not stop the daemon
 
 
 def notify(**values: str) -> None:
-    """Tell systemd: ``notify(READY="1", STATUS="…")``; does nothing when systemd did not start this."""
-    daemon.notify("\n".join(f"{name}={value}" for name, value in values.items()))
+    """Tell systemd: ``notify(READY="1", STATUS="…")``; does nothing when systemd did not start this, or is deaf."""
+    with contextlib.suppress(OSError):
+        daemon.notify("\n".join(f"{name}={value}" for name, value in values.items()))
 
 
 def watchdog_s() -> float | None:

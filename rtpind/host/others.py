@@ -23,7 +23,9 @@ def _running() -> set[str]:
     found: set[str] = set()
     for process in psutil.process_iter(["name", "cmdline"]):
         name = process.info["name"] or ""
-        words = {Path(word).name for word in (process.info["cmdline"] or [])[:3]}
+        words = [Path(word).name for word in (process.info["cmdline"] or [])[:3]]
+        if words and not words[0].startswith("python"):
+            del words[1:]  # "man tuned" is not tuned
         found |= {daemon for daemon in ("tuned", "irqbalance") if name == daemon or daemon in words}
     return found
 
@@ -39,7 +41,7 @@ def _tuned(running: bool, root: Path) -> str:
         return "not running"
     try:
         active = (root / "etc/tuned/active_profile").read_text(encoding="utf-8").split()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return "unknown (no active profile)"
     for profile in active:
         blacklist = _scheduler_blacklist(profile, root)

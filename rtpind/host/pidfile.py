@@ -19,7 +19,7 @@ RUN_DIR = Path("/run/libvirt/qemu")
 def holder(path: Path) -> int | None:
     """Return the pid of the process that holds the lock on ``path``; None when nobody does or there is no file."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hold us up
     except OSError:
         return None
     try:

@@ -140,8 +140,12 @@ class Proc:
         found = [self._sight(pid, start, tid, Kind.QEMU, cgroups, uptime, home) for tid in tids]
         own = set(tids)
         others = [tid for tid in cgroups.threads(home) if tid not in own]
-        others += [tid for tid in self.kernel_threads.named(f"vhost-{pid}", f"kvm-pit/{pid}") if tid not in others]
         found += [self._sight(pid, start, tid, Kind.PROCESS, cgroups, uptime, home) for tid in others]
+        names = (f"vhost-{pid}", f"kvm-pit/{pid}")
+        kernel = [tid for tid in self.kernel_threads.named(*names) if tid not in others]
+        sighted = [self._sight(pid, start, tid, Kind.KERNEL, cgroups, uptime, home) for tid in kernel]
+        # The names are from the last scan: a number that was reused since is somebody else's.
+        found += [one for one in sighted if one and one.kind is Kind.KERNEL and one.comm in names]
         return start, [sighting for sighting in found if sighting is not None]
 
     def _sight(
@@ -157,7 +161,7 @@ class Proc:
             return None
         return Sighting(
             id=ThreadId(pid, start, tid, stat.start),
-            kind=Kind.KERNEL if stat.kernel else kind,
+            kind=Kind.KERNEL if stat.kernel else Kind.QEMU if kind is Kind.QEMU else Kind.PROCESS,
             comm=stat.comm,
             now=now,
             leaf=groups.leaf,

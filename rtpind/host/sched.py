@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.model import Sched, Scheduling
 from rtpind.host.proc import RESET_ON_FORK
 
-_NUMBERS = {Sched.OTHER: 0, Sched.FIFO: 1, Sched.RR: 2, Sched.BATCH: 3, Sched.IDLE: 5}
+_NUMBERS = {Sched.OTHER: 0, Sched.FIFO: 1, Sched.RR: 2, Sched.BATCH: 3, Sched.IDLE: 5, Sched.EXT: 7}
 
 
 def set_affinity(tid: int, cpus: CpuSet) -> int:
@@ -29,8 +30,11 @@ def set_affinity(tid: int, cpus: CpuSet) -> int:
 def set_scheduling(tid: int, scheduling: Scheduling) -> int:
     """Give the thread ``tid`` a policy and priority. Return 0 or the errno.
 
-    EPERM: no CAP_SYS_NICE, an RT_GROUP_SCHED cgroup without budget, or a security module.
+    EPERM: no CAP_SYS_NICE, an RT_GROUP_SCHED cgroup without budget, or a security module. EINVAL: DEADLINE, which
+    this call cannot give.
     """
+    if scheduling.sched not in _NUMBERS:
+        return errno.EINVAL
     number = _NUMBERS[scheduling.sched] | (RESET_ON_FORK if scheduling.reset_on_fork else 0)
     try:
         os.sched_setscheduler(tid, number, os.sched_param(scheduling.priority))

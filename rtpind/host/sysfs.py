@@ -6,9 +6,10 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import zlib
 from pathlib import Path
 
-from rtpind.core.cpuset import CpuSet
+from rtpind.core.cpuset import CpuListError, CpuSet
 from rtpind.core.model import Host
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.proc import Proc
@@ -64,7 +65,10 @@ class HostFacts:
         return int(text) if text and text.lstrip("-").isdigit() else None
 
     def _cpus(self, path: str) -> CpuSet:
-        return CpuSet.parse(self._text(path) or "")
+        try:
+            return CpuSet.parse(self._text(path) or "")
+        except CpuListError:  # such as "(null)", which some kernels print for an empty list
+            return CpuSet()
 
     def _sibling(self, cpu: int) -> CpuSet:
         if cpu not in self._siblings:
@@ -88,7 +92,7 @@ class HostFacts:
     def _config(self) -> str | None:
         try:
             return gzip.decompress((self._root / "proc/config.gz").read_bytes()).decode("utf-8", "replace")
-        except (OSError, EOFError):
+        except (OSError, EOFError, zlib.error):
             return self._text(f"boot/config-{self._release}")
 
     def _fair_server(self, online: CpuSet) -> CpuSet | None:
