@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test lint deb clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ lint: ## ruff, mypy --strict and the import contracts
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy --strict
 	.venv/bin/lint-imports --no-cache
+
+deb: ## build dist/rtpind_VERSION_all.deb (root for build packages)
+	@tools/deb
 
 clean: ## remove .venv and everything else that was built
 	rm -rf .venv .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
