@@ -68,15 +68,15 @@ def _right_since(
     after: dict[ThreadId, Placement],
     finished: float,
 ) -> dict[tuple[int, int], float]:
-    """Return since when each guest's vCPUs and iothreads are all in place."""
+    """Return since when each guest's vCPUs and iothreads are all in place, at every look."""
     found: dict[tuple[int, int], float] = {}
     for guest in decision.guests:
         threads = tuple(replace(thread, now=after.get(thread.id, thread.now)) for thread in guest.guest.threads)
         process = guest.guest.process
-        if guest.state.managed and in_place(
-            replace(guest, guest=replace(guest.guest, threads=threads)), memory, snapshot.host
-        ):
-            found[process] = memory.right_since.get(process, finished)
+        placed = replace(guest, guest=replace(guest.guest, threads=threads))
+        if guest.state.managed and in_place(placed, memory, snapshot.host):
+            were = in_place(guest, memory, snapshot.host)
+            found[process] = memory.right_since.get(process, finished) if were else finished
     return found
 
 

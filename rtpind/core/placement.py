@@ -163,6 +163,9 @@ class _Placing:
             return GuestDecision(
                 guest=guest, state=State.UNMANAGED, rule=text, reason="" if rule else "no rule matches"
             )
+        if guest.starting:
+            reason = "it is starting: libvirt has not moved its vCPUs yet"
+            return GuestDecision(guest=guest, state=State.PLACED, rule=text, class_name=class_.name, reason=reason)
         return None
 
     def block(self, guest: Guest) -> None:

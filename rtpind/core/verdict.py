@@ -80,6 +80,8 @@ def _judge(thread: Thread, guest: GuestDecision, memory: Memory, snapshot: Snaps
         return _BY_STATE[guest.state], guest.reason
     wanted = guest.wanted.get(thread.id)
     if wanted is None:
+        if guest.guest.starting:
+            return Verdict.PENDING, guest.reason
         if thread.settled:
             return Verdict.NOT_PLACED, "no pCPU for it"
         return Verdict.PENDING, "libvirt has not moved it into its cgroup yet"

@@ -42,12 +42,14 @@ class Reconciler:
         *,
         kernel: Kernel | None = None,
         observe_only: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.observer = observer
         self.kernel = kernel or RealKernel(observer.proc, observer.cgroups)
         self.file = ledger_file
         self.emit = emit
         self.observe_only = observe_only
+        self.clock = clock
         self.policy: Policy | None = None
         self.domains: dict[str, str] = {}  # UUID → name
         self.memory = Memory()
@@ -87,7 +89,7 @@ class Reconciler:
         view = self.view(only)
         outcomes = self._act(view)
         memory = self.memory
-        self.memory = learn(memory, view.snapshot, view.decision, view.plan, outcomes, time.monotonic())
+        self.memory = learn(memory, view.snapshot, view.decision, view.plan, outcomes, self.clock())
         self._say(view, outcomes)
         self._prune(view.snapshot)
         return view

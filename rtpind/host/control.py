@@ -17,7 +17,6 @@ from rtpind.host.ledgerfile import STATE_DIR
 
 SOCKET = "control"
 _MAX_REQUEST = 64 * 1024
-_PATIENCE_S = 5.0
 
 Answer = Mapping[str, Any]
 
@@ -27,11 +26,17 @@ class UnreachableError(Exception):
 
 
 class ControlServer:
-    """Accepts requests in a thread of its own; ``answer`` is called there and may wait for the daemon's loop."""
+    """Accepts requests in a thread of its own; ``answer`` is called there and may wait for the daemon's loop.
 
-    def __init__(self, answer: Callable[[Answer], Answer], directory: Path = STATE_DIR) -> None:
+    One client after the other; each has ``patience_s`` to ask and as long to take the answer.
+    """
+
+    def __init__(
+        self, answer: Callable[[Answer], Answer], directory: Path = STATE_DIR, *, patience_s: float = 5.0
+    ) -> None:
         self._answer = answer
         self._path = directory / SOCKET
+        self._patience_s = patience_s
         self._socket: socket.socket | None = None
 
     def start(self) -> None:
@@ -44,7 +49,7 @@ class ControlServer:
             server.bind(str(self._path))
         finally:
             os.umask(mask)
-        server.listen(8)
+        server.listen(64)  # a full queue turns a client away at once
         self._socket = server
         threading.Thread(target=self._serve, args=(server,), name="control", daemon=True).start()
 
@@ -67,9 +72,9 @@ class ControlServer:
                 continue
             # RecursionError: brackets without end.
             with client, contextlib.suppress(OSError, ValueError, RecursionError):
-                request = json.loads(_line(client, _MAX_REQUEST, _PATIENCE_S))
+                request = json.loads(_line(client, _MAX_REQUEST, self._patience_s))
                 reply = self._answer(request) if isinstance(request, dict) else {"error": "not an object"}
-                client.settimeout(_PATIENCE_S)
+                client.settimeout(self._patience_s)
                 client.sendall(json.dumps(reply).encode() + b"\n")
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rtpind.core.identify import SETTLE_S, Sighting, identify
 from rtpind.core.model import Kind, Placement, Role, ThreadId
 
-unhurried = settings(deadline=None)  # a busy machine is no failure
+unhurried = settings(deadline=None, max_examples=50)  # a busy machine is no failure
 
 PROCESS = (PID, START)
 OLD = SETTLE_S  # seconds: from here a name alone makes nobody wait
@@ -259,6 +259,38 @@ def test_doubt_is_about_one_process():
     )
 
     assert (guest.contested, guest.doubtful) == ((), ("vcpu 0",))
+
+
+@pytest.mark.parametrize(
+    ("ages", "young"),
+    [({PID: YOUNG}, True), ({PID: OLD}, False), ({PID: OLD, 2000: YOUNG}, False), ({2000: YOUNG}, False), ({}, False)],
+)
+def test_guest_is_as_young_as_its_main_thread(ages, young):
+    """A guest is young while its QEMU process is, whatever threads it starts later."""
+    assert look(*(sighting(tid=tid, age_s=age) for tid, age in ages.items())).young is young
+
+
+NAMED = sighting("CPU 0/KVM", tid=2000, age_s=YOUNG)
+MOVED = sighting("CPU 0/KVM", tid=2000, leaf="vcpu0", age_s=YOUNG)
+TWIN = sighting("CPU 0/KVM", tid=2001, leaf="vcpu0", age_s=YOUNG)
+
+
+@pytest.mark.parametrize(
+    ("age", "others", "doubtful", "starting"),
+    [
+        (YOUNG, [], [], True),
+        (YOUNG, [NAMED], [], True),
+        (YOUNG, [sighting("IO iothread1", tid=2000, leaf="iothread1")], [], True),
+        (YOUNG, [MOVED], [], False),
+        (YOUNG, [MOVED, TWIN], [], True),
+        (YOUNG, [MOVED, TWIN], ["vcpu 0"], False),
+        (OLD, [], [], False),
+        (OLD, [NAMED], [], False),
+    ],
+)
+def test_guest_is_starting_until_libvirt_moved_a_vcpu(age, others, doubtful, starting):
+    """A young guest starts until one of its vCPUs is in its cgroup, or its ids are refused; an old one never does."""
+    assert look(sighting(age_s=age), *others, doubtful=doubtful).starting is starting
 
 
 COMMS = st.sampled_from(

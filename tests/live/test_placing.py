@@ -61,6 +61,8 @@ def test_with_leave_a_guest_without_room_is_not_touched(lab: Lab, daemon: Make) 
     second = lab.start("leave-second")
     wait_for(lambda: made.count("leave-second: not placed") == 1, "the second is on record as not placed")
 
+    touched = [record for record in made.records if second.name in record and "→ 0 (" in record]
+    assert touched == []
     assert all(thread.cpus == {0, 1} for thread in second.threads())
 
 
