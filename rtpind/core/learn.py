@@ -43,7 +43,9 @@ def learn(
     return replace(
         taught,
         incumbents=_incumbents(memory, snapshot.threads()),
-        doubtful=frozenset((guest.process, label) for guest in snapshot.guests for label in guest.doubtful),
+        doubtful=frozenset(
+            (guest.process, label) for guest in snapshot.guests for label in guest.doubtful + guest.contested
+        ),
         places=wanted,
         verified=_verified(memory, snapshot, decision, right, wanted) - touched,
         right_since=right,

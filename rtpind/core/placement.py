@@ -221,7 +221,7 @@ class _Placing:
 
     def slot_label(self, class_: GuestClass, role: Role) -> str:
         """Return whose pCPU a role of ``exclusive: guest`` uses: the emulator's, if it follows emulator."""
-        follows = class_.entries[role] == class_.entries[Role.EMULATOR]
+        follows = class_.entries[role] is class_.entries[Role.EMULATOR]
         return str(Role.EMULATOR) if follows else str(role)
 
     def keep(self, slots: Mapping[str, list[_Slot]]) -> None:

@@ -138,14 +138,16 @@ def is_drift(thread: Thread, wanted: Wanted, memory: Memory) -> bool:
 def release(guests: Iterable[Guest], ledger: Ledger) -> Plan:
     """Return the steps that put back what the threads of ``guests`` had before rtpind touched them.
 
-    A helper that began later has no original: it gets its main thread's, which it would have inherited. Unguarded:
-    exactly what was there comes back, even where the law would not allow it (promise 8).
+    A helper that began later has no original: it gets its main thread's, which it would have inherited (not so an
+    iothread, which libvirt places). Unguarded: exactly what was there comes back, even where the law would not allow
+    it (promise 8).
     """
     steps: list[Step] = []
     for guest in guests:
         main = ledger.originals.get(ThreadId(guest.pid, guest.pid_start, guest.pid, guest.pid_start))
         for thread in guest.threads:
-            entry = ledger.originals.get(thread.id) or (main if thread.helper and thread.movable else None)
+            follows = thread.helper and thread.index is None and thread.movable
+            entry = ledger.originals.get(thread.id) or (main if follows else None)
             if entry is None:
                 continue
             old, now = entry.placement, thread.now

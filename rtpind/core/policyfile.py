@@ -162,7 +162,10 @@ class _Reader:
             self.add(path, "'unmanaged' is built in", "give the class another name")
         unsafe = bool(value.get("unsafe", False))
         emulator = self.read_entry((*path, "emulator"), value.get("emulator", {"pool": HOUSEKEEPING}))
-        entries = {role: self.read_entry((*path, role), value[role]) if role in value else emulator for role in Role}
+        entries = dict.fromkeys(Role, emulator)  # a role that is not named follows emulator: it has the same entry
+        for role in Role:
+            if role in value and role is not Role.EMULATOR:
+                entries[role] = self.read_entry((*path, role), value[role])
         made = GuestClass(name=name, entries=entries, unsafe=unsafe)
         for role in Role:
             if role in value:

@@ -602,6 +602,16 @@ def test_hot_plugged_vcpu_with_room_gets_its_place():
     assert of(decision, "rt-1").roomless == frozenset()
 
 
+def test_of_two_hot_plugged_vcpus_one_finds_room():
+    """Room for one of two plugged vCPUs is given to the first; the other waits, and nobody loses a place."""
+    placed = filler(5)
+    new = [thread(role=Role.VCPU, index=index, pid=9000, start=1) for index in (5, 6)]
+
+    decision = decide(plugged(placed, *new), memory=remembered(decide(placed)))
+
+    assert vcpus(decision, "rt-filler") == [*(f"{cpu} fifo:1" for cpu in range(2, 8)), "0"]
+
+
 @pytest.mark.parametrize("role", [Role.IOTHREAD, Role.VHOST])
 def test_hot_plugged_helper_without_room_costs_nobody_a_place(role):
     """An iothread or vhost thread that a full host has no pCPU for waits with the helpers, too."""
@@ -663,6 +673,15 @@ def test_intrusion_and_hot_plug_together_cost_no_place():
     assert of(decision, "rt-1").roomless == {new.id}
 
 
+def test_guest_that_was_touched_but_not_placed_keeps_nothing():
+    """A guest that rtpind touched and that floats has no place to keep where an unmanaged guest is narrowed to."""
+    floating = guest("rt-1", vcpus=1, on="2-7")
+
+    decision = decide(floating, guest("stranger", pid=3000, on="2-7"), ledger=touched(floating))
+
+    assert states(decision)["rt-1"] is State.DEGRADED
+
+
 def test_one_pcpu_is_not_kept_by_two():
     """Of two placed guests that somebody put on one pCPU of a full host the younger one loses its place."""
     old, young = (
@@ -721,7 +740,6 @@ def test_exclusive_guest_for_all_roles_is_one_pcpu():
     assert set(where(decision, "one-2").values()) == {"3"}
 
 
-@pytest.mark.xfail(reason="a policy does not say which roles are written: policyfile reads a written emulator twice")
 def test_roles_with_an_entry_of_their_own_have_a_pcpu_of_their_own():
     """Two roles that each say exclusive: guest get a pCPU each."""
     both = factories.policy(
