@@ -215,6 +215,8 @@ class Reconciler:
         """Manage guests again that were released or paused; no names: all."""
         snapshot = self.observer.look(self.domains, self.memory)
         guests = self._named(snapshot, names)
+        if names and EVERYONE in self.ledger.hands_off:
+            raise LookupError("every guest is paused; rtpinctl manage without a name ends that")
         back = {guest.uuid for guest in guests} | (set() if names else set(self.ledger.hands_off))
         kept = {uuid: off for uuid, off in self.ledger.hands_off.items() if uuid not in back}
         if not self._keep(replace(self.ledger, hands_off=kept)):

@@ -29,13 +29,22 @@ class LedgerFile:
     def lock(self) -> None:
         """Become the one enforcing daemon of this host. Raises BusyError; the lock ends with the process."""
         self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # Nobody else may open it: a lock on a descriptor that only reads would keep the daemon out just as well.
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.fchmod(fd, 0o600)
+        self._give_to_owner(fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise BusyError(f"another rtpind enforces on this host (it holds {self.directory / 'lock'})") from None
+            raise BusyError(f"another rtpind runs on this host (it holds {self.directory / 'lock'})") from None
         self._lock = fd
+
+    def _give_to_owner(self, fd: int) -> None:
+        """As root, give a file to the directory's owner: the daemon's user must not find itself locked out."""
+        if os.geteuid() == 0:
+            owner = os.stat(self.directory)
+            os.fchown(fd, owner.st_uid, owner.st_gid)
 
     def unlock(self) -> None:
         """Let go of the lock."""
@@ -70,5 +79,6 @@ class LedgerFile:
         """
         fresh = self.path.with_suffix(".new")
         with open(fresh, "w", encoding="utf-8") as file:
+            self._give_to_owner(file.fileno())
             json.dump(dump(ledger), file, separators=(",", ":"))
         os.replace(fresh, self.path)

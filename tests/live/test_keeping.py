@@ -277,7 +277,7 @@ def test_one_daemon_at_a_time(lab: Lab, daemon: Make) -> None:
     second.start()
 
     assert second.stop() == 1
-    assert second.count("another rtpind enforces on this host") == 1
+    assert second.count("another rtpind runs on this host") == 1
     assert made.ctl("status")["daemon"]["pid"] == made.tid()
 
 
