@@ -6,15 +6,17 @@ Each test touches only guests that it started (rules by UUID). With RTPIND_REQUI
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import harness
 import pytest
 
-from demo.guests import Lab, kvm_works
+from demo.guests import PREFIX, Lab, kvm_works
 
 REQUIRED = os.environ.get("RTPIND_REQUIRE_LIVE") == "1"
 
@@ -56,11 +58,23 @@ def _machine() -> Iterator[None]:
     harness.remove_copy()
 
 
+@pytest.fixture(scope="session")
+def _closing() -> Iterator[list[threading.Thread]]:
+    """Labs that are being cleaned up while other tests run: libvirt takes seconds for what is dead already."""
+    threads: list[threading.Thread] = []
+    yield threads
+    for thread in threads:
+        thread.join(60)
+
+
 @pytest.fixture
-def lab() -> Iterator[Lab]:
-    """Starts guests, and ends them after the test."""
-    with Lab() as made:
-        yield made
+def lab(_closing: list[threading.Thread]) -> Iterator[Lab]:
+    """Starts guests, and ends them after the test. Its prefix is its own, as the last test's may still be known."""
+    made = Lab(f"{PREFIX}-{secrets.token_hex(2)}")
+    yield made
+    made.kill()
+    _closing.append(threading.Thread(target=made.close))
+    _closing[-1].start()
 
 
 @pytest.fixture

@@ -301,7 +301,7 @@ def test_libvirt_that_hangs_delays_nothing(lab: Lab, daemon: Make) -> None:
 def test_libvirt_may_be_away_and_come_back(lab: Lab, daemon: Make) -> None:
     """While libvirtd is stopped its guests are kept; a guest started after it came back is placed."""
     guest = lab.start("away")
-    made = daemon(policy(names=[("rtpind-lab-away*", "floating")]))
+    made = daemon(policy(names=[(f"{lab.prefix}-away*", "floating")]))
     made.start()
     wait_for(lambda: placed(guest, {0}), "the guest is placed")
     made.passes(2)

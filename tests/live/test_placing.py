@@ -35,7 +35,7 @@ def test_guests_that_run_before_the_daemon_are_placed(lab: Lab, daemon: Make) ->
 @pytest.mark.usefixtures("unthrottled")
 def test_a_guest_that_starts_later_is_placed_and_a_stopped_one_makes_room(lab: Lab, daemon: Make) -> None:
     """A second exclusive guest is not placed while the pool is full, and placed when the first one stops."""
-    made = daemon(policy(names=[("rtpind-lab-room-*", "realtime")]))
+    made = daemon(policy(names=[(f"{lab.prefix}-room-*", "realtime")]))
     made.start()
 
     first = lab.start("room-first")
@@ -54,7 +54,7 @@ def test_a_guest_that_starts_later_is_placed_and_a_stopped_one_makes_room(lab: L
 
 def test_with_leave_a_guest_without_room_is_not_touched(lab: Lab, daemon: Make) -> None:
     """when_full: leave does nothing to a guest for which there is no room."""
-    made = daemon(policy(names=[("rtpind-lab-leave-*", "dedicated")], when_full="leave"))
+    made = daemon(policy(names=[(f"{lab.prefix}-leave-*", "dedicated")], when_full="leave"))
     made.start()
     first = lab.start("leave-first")
     wait_for(lambda: placed(first, {1}), "the first guest has pCPU 1")
@@ -69,7 +69,7 @@ def test_with_leave_a_guest_without_room_is_not_touched(lab: Lab, daemon: Make) 
 @pytest.mark.usefixtures("unthrottled", "kvm")
 def test_kvm_s_own_threads_leave_the_vcpu_alone(lab: Lab, daemon: Make) -> None:
     """nx-recovery and the PIT worker of a KVM guest are moved off its vCPU's pCPU and are not FIFO."""
-    made = daemon(policy(names=[("rtpind-lab-kvm", "realtime")]))
+    made = daemon(policy(names=[(f"{lab.prefix}-kvm", "realtime")]))
     made.start()
     guest = lab.start("kvm", kind="kvm")
 
@@ -189,7 +189,7 @@ def test_what_the_xml_pins_is_respected_and_named(lab: Lab, daemon: Make) -> Non
 @pytest.mark.usefixtures("unthrottled")
 def test_twenty_starts_do_not_fail(lab: Lab, daemon: Make) -> None:
     """A daemon that looks all the time makes no guest's start fail, and each guest gets FIFO."""
-    made = daemon(policy(names=[("rtpind-lab-start-*", "realtime")], period="50ms"))
+    made = daemon(policy(names=[(f"{lab.prefix}-start-*", "realtime")], period="50ms"))
     made.start()
 
     with ThreadPoolExecutor(4) as ending:
@@ -202,7 +202,7 @@ def test_twenty_starts_do_not_fail(lab: Lab, daemon: Make) -> None:
 def test_a_guest_killed_mid_pass_disturbs_nothing(lab: Lab, daemon: Make) -> None:
     """Guests whose QEMU is killed while passes run cost no fault, and the other guest keeps its place."""
     stays = lab.start("stays")
-    made = daemon(policy((stays, "dedicated"), names=[("rtpind-lab-dies-*", "floating")], period="50ms"))
+    made = daemon(policy((stays, "dedicated"), names=[(f"{lab.prefix}-dies-*", "floating")], period="50ms"))
     made.start()
     wait_for(lambda: placed(stays, {1}), "the guest is placed")
 
