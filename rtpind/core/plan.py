@@ -144,10 +144,9 @@ def release(guests: Iterable[Guest], ledger: Ledger) -> Plan:
     """
     steps: list[Step] = []
     for guest in guests:
-        main = ledger.originals.get(ThreadId(guest.pid, guest.pid_start, guest.pid, guest.pid_start))
+        main = ledger.originals.get(main_thread(guest))
         for thread in guest.threads:
-            follows = thread.helper and thread.index is None and thread.movable
-            entry = ledger.originals.get(thread.id) or (main if follows else None)
+            entry = ledger.originals.get(thread.id) or (main if follows_main(thread) else None)
             if entry is None:
                 continue
             old, now = entry.placement, thread.now
@@ -162,6 +161,16 @@ def release(guests: Iterable[Guest], ledger: Ledger) -> Plan:
             if old.scheduling.realtime and (moves or changes):
                 steps.append(Step(phase=Phase.PROMOTE, scheduling=old.scheduling, **common))
     return Plan(steps=tuple(sorted(steps, key=lambda step: step.order)))
+
+
+def main_thread(guest: Guest) -> ThreadId:
+    """Return the id of the thread that every helper of a guest descends from."""
+    return ThreadId(guest.pid, guest.pid_start, guest.pid, guest.pid_start)
+
+
+def follows_main(thread: Thread) -> bool:
+    """Return whether a thread without an original is released to what its main thread had."""
+    return thread.helper and thread.index is None and thread.movable
 
 
 def _unsettled(guest: Guest) -> bool:
@@ -244,13 +253,23 @@ class _Guest:
         return thread.movable and self.memory.refusal(thread, wanted, self.host, affinity=True) is None
 
     def demote(self, thread: Thread, wanted: Wanted, reason: Reason) -> bool:
-        """Take FIFO from a thread; return False where the kernel refused just that and nothing has changed."""
-        refusal = self.memory.refusal(thread, wanted, self.host, affinity=False)
-        if refusal is not None and refusal.observed == thread.now:
+        """Take FIFO from a thread; return False where that was refused, or would leave it below a FIFO vCPU."""
+        if self.keeps_fifo(thread, wanted):
             return False
+        for vcpu in self.threads:
+            below = vcpu.role is Role.VCPU and vcpu.now.scheduling.realtime and vcpu.now.cpus & thread.now.cpus
+            if below and may_share(vcpu, vcpu.now, thread, thread.now):
+                place = self.guest.wanted.get(vcpu.id)
+                if place is None or self.keeps_fifo(vcpu, place):
+                    return False
         self.step(thread, reason, Phase.DEMOTE, scheduling=OTHER)
         self.demoted.add(thread.id)
         return True
+
+    def keeps_fifo(self, thread: Thread, wanted: Wanted) -> bool:
+        """Return whether the kernel refused to take FIFO from the thread as it is now."""
+        refusal = self.memory.refusal(thread, wanted, self.host, affinity=False)
+        return refusal is not None and refusal.observed == thread.now
 
     def promote(self, thread: Thread, wanted: Wanted, reason: Reason) -> None:
         if thread.role is Role.VCPU and self.beside(thread, wanted):

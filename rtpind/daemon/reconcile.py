@@ -12,7 +12,7 @@ from rtpind.core.audit import Kind, Level, Outcome, Record, Result, guest_fields
 from rtpind.core.learn import learn
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off, Process
 from rtpind.core.memory import Memory
-from rtpind.core.model import Guest, Snapshot
+from rtpind.core.model import Guest, Snapshot, Thread
 from rtpind.core.notices import fight, standing
 from rtpind.core.placement import Decision, place
 from rtpind.core.plan import Plan
@@ -116,20 +116,23 @@ class Reconciler:
     def _record(self, view: View) -> bool:
         """Write down what threads have before they are touched (promise 8); without that nothing is touched.
 
-        With the first touch of a guest all its threads are; one that libvirt has yet to move, or that began later,
-        when it is touched itself: release knows what else to give it.
+        With the first touch of a guest all its threads are, but for those that libvirt has yet to move: they are
+        when they are touched themselves. So is a helper that began later: it inherited a place that rtpind gave,
+        and what it had is what it would have inherited without rtpind, see :func:`rtpind.core.plan.release`.
         """
-        touched = {step.thread.id: step.thread for step in view.plan.steps if not step.gated}
-        fresh = {thread.guest for thread in touched.values()}
-        managed = self.ledger.managed()
-        threads = [
-            thread
-            for guest in view.snapshot.guests
-            if guest.uuid in fresh and guest.process not in managed
-            for thread in guest.threads
-            if thread.settled
-        ]
-        return self._keep(self.ledger.recording([*threads, *touched.values()]))
+        touched = {step.thread.id for step in view.plan.steps if not step.gated}
+        threads: list[Thread] = []
+        for guest in view.snapshot.guests:
+            if not any(thread.id in touched for thread in guest.threads):
+                continue
+            fresh = guest.process not in self.ledger.managed()
+            main = self.ledger.originals.get(planning.main_thread(guest))
+            for thread in guest.threads:
+                if main is not None and planning.follows_main(thread):
+                    threads += [replace(thread, now=main.placement)] if thread.id in touched else []
+                elif thread.id in touched or (fresh and thread.settled):
+                    threads.append(thread)
+        return self._keep(self.ledger.recording(threads))
 
     def _keep(self, ledger: Ledger) -> bool:
         if ledger is self.ledger:

@@ -1,0 +1,146 @@
+"""What rtpinctl prints: narrow, plain when piped, harmless whatever threads are called, and no fuss when cut off."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import unicodedata
+from pathlib import Path
+
+import pytest
+from documents import Made
+
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+LOOKS = ["status", "verify", "explain rt-1"]
+
+
+@pytest.fixture(params=LOOKS)
+def look(request, daemon):
+    """A command for which a daemon answers with long and hostile names."""
+    made = Made()
+    daemon({"ok": made.explain(0) if request.param.startswith("explain") else made.status()})
+    return request.param
+
+
+def width(line):
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in line)
+
+
+def assert_plain(text):
+    """Fail unless the text is at most 100 columns wide, without blanks at ends of lines or control characters."""
+    assert text.endswith("\n")
+    for line in text[:-1].split("\n"):
+        assert width(line) <= 100, line
+        assert line == line.rstrip(), repr(line)
+        assert line.isprintable(), repr(line)
+
+
+def test_piped_output_is_plain(look, run):
+    """Nothing but text reaches a program: no colours, no lines, no padding, no names that steer a terminal."""
+    _, out, err = run(*look.split())
+
+    assert err == ""
+    assert_plain(out)
+
+
+def test_the_look_at_this_host_is_plain(run, policy, tmp_path):
+    """On the real host too, with and without a policy."""
+    for words in (["status"], ["status", "--config", policy], ["plan", "--config", policy]):
+        assert_plain(run(*words)[1])
+
+
+def test_names_are_shown_as_they_are(made, daemon, run):
+    """Brackets and colons in a name are text: neither markup, nor emoji, nor a fault."""
+    daemon({"ok": made.status()})
+    _, out, _ = run("status")
+
+    assert "[/x] \ufffd[31m\ufffd:cat:" in out
+    assert "[bold]" in out.replace("\n", "")
+
+
+def test_piped_output_does_not_depend_on_the_terminal(look, command):
+    """A narrow or wide terminal elsewhere changes nothing for a program."""
+    narrow, wide = (
+        command(f"CTL {look} | cat", COLUMNS=columns, TERM="xterm-256color")[1] for columns in ("20", "300")
+    )
+
+    assert narrow == wide
+    assert_plain(narrow)
+
+
+def test_a_verdict_and_its_place_are_shown(made, daemon, run):
+    """The table has each thread with where it is, should be, and how that stands."""
+    daemon({"ok": made.placed().status()})
+    rows = [line.split() for line in run("status")[1].splitlines()]
+
+    vcpu = next(row for row in rows if row[:2] == ["vcpu", "0"])
+    assert vcpu[3:5] == ["CPU", "0/KVM"]
+    assert vcpu[6:] == ["fifo:1", vcpu[5], "fifo:1", "ok"]
+
+
+def test_hazards_are_marked(made, daemon, run):
+    """What is dangerous stands behind a mark, with and without a policy."""
+    for document in (made.status(), made.bare()):
+        daemon_answer = {"ok": document}
+        daemon(daemon_answer)
+        assert "! fifo:2 leaked to" in " ".join(run("status")[1].split())
+
+
+@pytest.mark.parametrize("reader", ["head -1", "true", "head -c 10"])
+@pytest.mark.parametrize("words", ["status", "status --json", "verify", "check-config etc/rtpind.yaml"])
+def test_a_reader_that_goes_away_is_no_fault(made, daemon, command, reader, words):
+    """However early the pipe is closed there is no complaint, and the exit code is that of a good run."""
+    many = made.status()
+    many["guests"] = many["guests"] * 100  # more than a pipe holds
+    daemon({"ok": many})
+
+    # The reader is gone, for sure, where it is "true": the command starts once it has ended.
+    first = "read -t 0.2 <> <(:) || true; " if reader == "true" else ""
+    code, _, err = command(f"set -o pipefail; {{ {first}CTL {words}; }} | {reader}")
+
+    assert err == ""
+    assert code in ((0, 1) if words == "verify" else (0,))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_every_encoding_will_do(look, command, encoding):
+    """A terminal that lacks a character gets another one, and no traceback."""
+    code, out, err = command(f"CTL {look}", PYTHONIOENCODING=encoding)
+
+    assert (code in (0, 1), err) == (True, "")
+    assert out
+
+
+@pytest.mark.parametrize("columns", [60, 100, 300])
+def test_a_terminal_gets_colours_and_no_more_than_100_columns(look, tmp_path, command, columns):
+    """On a terminal the table is as wide as that, up to 100, and a thread's name still steers nothing."""
+    primary, secondary = pty.openpty()
+    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
+    words = [
+        Path(sys.executable).with_name("rtpinctl"),
+        look.split()[0],
+        "--state-dir",
+        str(tmp_path),
+        *look.split()[1:],
+    ]
+    child = subprocess.Popen(words, stdout=secondary, stdin=secondary, env=environment | {"TERM": "xterm-256color"})
+    os.close(secondary)
+    chunks = []
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while chunk := os.read(primary, 65536):
+            chunks.append(chunk)
+    os.close(primary)
+    child.wait(timeout=20)
+    text = b"".join(chunks).decode().replace("\r\n", "\n")
+
+    assert child.returncode in (0, 1)
+    assert ESCAPE.search(text)
+    for line in ESCAPE.sub("", text).split("\n"):
+        assert line.isprintable()
+        assert width(line) <= min(columns, 100)

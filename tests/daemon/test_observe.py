@@ -1,0 +1,285 @@
+"""A look at guests: over fake trees whose threads are this test's own, and at a process that is made like QEMU."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from trees import V2, make_tree, process, stat_line, until
+
+from rtpind.core.cpuset import CpuSet
+from rtpind.core.memory import Memory, Refusal, Wanted
+from rtpind.core.model import Kind, Role
+from rtpind.daemon.observe import Observer
+
+HOST = {
+    "proc/self/mountinfo": V2,
+    "proc/uptime": "1000.0 0.0\n",
+    "sys/devices/system/cpu/online": "0-1\n",
+    "sys/devices/system/cpu/possible": "0-1\n",
+}
+HOME = "/machine.slice/rt.scope/libvirt"
+BUDGETED = [Path("/sys/fs/cgroup") / name for name in ("cpuset", "cpu", "cpuacct")]
+
+HOLD = """
+import fcntl, sys
+files = [open(path, "w") for path in sys.argv[1:]]
+for file in files:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+#: Locks a pid file as QEMU does, and has a thread of each given name; prints their ids.
+LIKE_QEMU = """
+import ctypes, fcntl, sys, threading
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+end = threading.Event()
+def run(name, ready):
+    ctypes.CDLL(None).prctl(15, name.encode(), 0, 0, 0)
+    ready.set()
+    end.wait()
+for name in sys.argv[2:]:
+    ready = threading.Event()
+    thread = threading.Thread(target=run, args=(name, ready))
+    thread.start()
+    ready.wait()
+    print(thread.native_id, flush=True)
+sys.stdin.read()
+end.set()
+"""
+
+
+@pytest.fixture
+def tids():
+    """Threads of this test that wait: the kernel knows where they may run, whatever a fake tree calls them."""
+    end, ready = threading.Event(), threading.Barrier(5)
+    threads = [threading.Thread(target=lambda: (ready.wait(), end.wait(60))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    yield [thread.native_id for thread in threads]
+    end.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.fixture
+def hold(tmp_path):
+    """Start processes that hold the pid files of guests; ends them after the test."""
+    children = []
+    (tmp_path / "run").mkdir()
+
+    def start(*names):
+        files = [str(tmp_path / "run" / f"{name}.pid") for name in names]
+        command = [sys.executable, "-I", "-S", "-c", HOLD, *files]
+        children.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert children[-1].stdout.readline() == "held\n"
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.communicate("")
+
+
+def guest(pid, threads, home=HOME):
+    """Return the files of a guest: ``pid`` is its QEMU, ``threads`` tid → (name, cgroup leaf)."""
+    everybody = {pid: ("qemu-system-x86", "emulator")} | threads
+    lines = {tid: stat_line(tid, name) for tid, (name, _) in everybody.items()}
+    return process(pid, lines, {tid: f"0::{home}/{leaf}\n" for tid, (_, leaf) in everybody.items()})
+
+
+def observer(tmp_path, **files):
+    return Observer(make_tree(tmp_path, HOST | files), tmp_path / "run")
+
+
+def test_guests_are_seen_with_their_threads(tmp_path, hold, tids):
+    """Each domain that runs is a guest with its threads and their roles, in the order of names."""
+    second, first = hold("b"), hold("a")
+    files = guest(first.pid, {tids[0]: ("CPU 0/KVM", "vcpu0"), tids[1]: ("IO iothread1", "iothread1")})
+    files |= guest(second.pid, {tids[2]: ("worker", "emulator")})
+
+    seen = observer(tmp_path, **files).look({"u2": "b", "u1": "a"}, Memory())
+
+    assert [(one.name, one.uuid, one.pid) for one in seen.guests] == [("a", "u1", first.pid), ("b", "u2", second.pid)]
+    labels = {thread.label for thread in seen.guests[0].threads}
+    assert labels == {"emulator", "vcpu 0", "iothread 1"}
+    mask = CpuSet(os.sched_getaffinity(0))
+    assert {thread.now.cpus for thread in seen.threads()} == {mask}
+    assert all(thread.limits is None for thread in seen.threads())
+    assert seen.host.online == CpuSet([0, 1])
+    assert abs(seen.time - time.monotonic()) < 60
+
+
+def test_who_does_not_run_is_left_out(tmp_path, hold, tids):
+    """No pid file, a stale one, a process that is gone from /proc, or one that is not in its cgroup: no guest."""
+    child, early = hold("good", "vanished"), hold("early")
+    (tmp_path / "run/stale.pid").write_text(f"{child.pid}\n")
+    files = guest(early.pid, {}, home="/system.slice")
+    files[f"proc/{early.pid}/task/{early.pid}/cgroup"] = "0::/system.slice/libvirtd.service\n"
+    look = observer(tmp_path, **files, **guest(child.pid, {})).look
+
+    domains = {"1": "good", "2": "stale", "3": "none", "4": "early", "5": "../good", "6": ""}
+    seen = look(domains, Memory())
+
+    assert [one.name for one in seen.guests] == ["good"]
+
+
+def test_a_look_at_some_takes_the_others_as_they_were(tmp_path, hold, tids):
+    """Only the guests named are read anew; those that ended meanwhile are gone when they are named."""
+    first, second = hold("a"), hold("b")
+    files = guest(first.pid, {tids[0]: ("worker", "emulator")}) | guest(second.pid, {tids[1]: ("worker", "emulator")})
+    made = observer(tmp_path, **files)
+    domains = {"u1": "a", "u2": "b"}
+    before = made.look(domains, Memory())
+    for pid, tid in ((first.pid, tids[2]), (second.pid, tids[3])):
+        make_tree(tmp_path, guest(pid, {tid: ("late", "emulator")}))
+
+    after = made.look(domains, Memory(), only={"u1"})
+    second.communicate("")
+    again = made.look(domains, Memory(), only={"u1"})
+    named = made.look(domains, Memory(), only={"u2"})
+
+    assert [len(one.threads) for one in before.guests] == [2, 2]
+    assert [len(one.threads) for one in after.guests] == [3, 2]
+    assert after.guests[1] is before.guests[1]
+    assert [one.name for one in again.guests] == ["a", "b"]
+    assert [one.name for one in named.guests] == ["a"]
+
+
+def test_a_guest_that_is_new_is_seen_with_its_kernel_threads(tmp_path, hold, tids):
+    """A look at one guest alone still finds the kernel threads that began with it; one that is known costs no scan."""
+    child = hold("a")
+    made = observer(tmp_path, **guest(child.pid, {}))
+    made.look({}, Memory())
+    make_tree(
+        tmp_path, process(tids[0], {tids[0]: stat_line(tids[0], f"kvm-pit/{child.pid}", flags=0x200000, parent=2)})
+    )
+
+    (seen,) = made.look({"u1": "a"}, Memory(), only={"u1"}).guests
+
+    assert [(thread.role, thread.kind) for thread in seen.threads if thread.role is not Role.EMULATOR] == [
+        (Role.PIT, Kind.KERNEL)
+    ]
+
+
+def test_a_guest_that_is_dropped_is_not_shown(tmp_path, hold, tids):
+    """What is no longer a domain is in no later look, also not as last seen."""
+    child = hold("a")
+    made = observer(tmp_path, **guest(child.pid, {}))
+    made.look({"u1": "a"}, Memory())
+
+    assert made.look({}, Memory(), only=set()).guests == ()
+    assert made.look({}, Memory()).guests == ()
+
+
+def test_limits_are_read_for_refused_threads_alone(tmp_path, hold, tids):
+    """What fences a thread in is looked up only where the kernel refused something."""
+    child = hold("a")
+    files = guest(child.pid, {tids[0]: ("CPU 0/KVM", "vcpu0"), tids[1]: ("CPU 1/KVM", "vcpu1")})
+    files[f"sys/fs/cgroup{HOME}/vcpu0/cpuset.cpus.effective"] = "1\n"
+    made = observer(tmp_path, **files)
+    first = made.look({"u1": "a"}, Memory())
+    refused = next(thread for thread in first.threads() if thread.id.tid == tids[0])
+    refusal = Refusal(Wanted(CpuSet([0])), refused.now, None, (), affinity=True, text="")
+
+    seen = made.look({"u1": "a"}, Memory(refused={refused.id: (refusal,)}))
+
+    limits = {thread.id.tid: thread.limits for thread in seen.threads()}
+    assert limits[tids[0]].fence == CpuSet([1])
+    assert limits[tids[0]].fenced_by == f"{HOME}/vcpu0"
+    assert [limits[tid] for tid in (child.pid, tids[1])] == [None, None]
+
+
+def test_the_memory_decides_who_is_who(tmp_path, hold, tids):
+    """A thread that was a vCPU before stays it, and a second claimant is a helper."""
+    child = hold("a")
+    made = observer(tmp_path, **guest(child.pid, {tids[0]: ("CPU 0/KVM", "vcpu0")}))
+    first = made.look({"u1": "a"}, Memory())
+    vcpu = next(thread for thread in first.threads() if thread.role is Role.VCPU)
+    make_tree(tmp_path, guest(child.pid, {tids[1]: ("CPU 0/KVM", "vcpu0")}))
+    known = Memory(incumbents={(first.guests[0].process, "vcpu 0"): vcpu.id})
+
+    (seen,) = made.look({"u1": "a"}, known).guests
+
+    assert {thread.id.tid: thread.label for thread in seen.threads if thread.id.tid in tids} == {
+        tids[0]: "vcpu 0",
+        tids[1]: "emulator",
+    }
+
+
+@pytest.fixture
+def like_qemu(tmp_path):
+    """A process that looks like QEMU: its lock, its threads, its cgroups. Yields its pid and the tids by name."""
+    if os.geteuid() != 0 or not all(os.access(root / "tasks", os.W_OK) for root in BUDGETED):
+        pytest.skip("needs root and version 1 hierarchies of cpuset, cpu and cpuacct")
+    names = ["CPU 0/KVM", "CPU 1/KVM", "IO iothread1", "worker"]
+    command = [sys.executable, "-I", "-S", "-c", LIKE_QEMU, str(tmp_path / "rt.pid"), *names]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    outer = [root / f"rtpind-test-{os.getpid()}" for root in BUDGETED]
+    groups = [group for top in outer for group in (top, *(top / leaf for leaf in ("emulator", "vcpu0", "iothread1")))]
+    try:
+        found = {name: int(child.stdout.readline()) for name in names}
+        for group in groups:
+            group.mkdir()
+            if (group / "cpuset.mems").exists():
+                (group / "cpuset.mems").write_text((BUDGETED[0] / "cpuset.mems").read_text())
+                (group / "cpuset.cpus").write_text((BUDGETED[0] / "cpuset.cpus").read_text())
+        leaves = {child.pid: "emulator", **dict.fromkeys(found.values(), "emulator")}
+        leaves |= {found["CPU 0/KVM"]: "vcpu0", found["IO iothread1"]: "iothread1"}
+        for tid, leaf in leaves.items():
+            for top in outer:
+                (top / leaf / "tasks").write_text(str(tid))
+        yield child.pid, found, outer
+    finally:
+        child.communicate("")
+        for group in reversed(groups):
+            if group.exists():
+                until(lambda group=group: not (group / "tasks").read_text(), "the cgroup is empty")
+                group.rmdir()
+
+
+def test_a_real_process_is_observed_like_a_guest(tmp_path, like_qemu):
+    """On the real host: lock, threads, cgroups and affinity of a live process, each as it is set there."""
+    pid, tids, outer = like_qemu
+    cpu = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(tids["CPU 0/KVM"], {cpu})
+    made = Observer(run_dir=tmp_path)
+
+    (seen,) = made.look({"u": "rt"}, Memory()).guests
+    threads = {thread.id.tid: thread for thread in seen.threads}
+
+    assert seen.pid == pid
+    assert threads.keys() == {pid, *tids.values()}
+    assert (threads[tids["CPU 0/KVM"]].label, threads[tids["CPU 0/KVM"]].settled) == ("vcpu 0", True)
+    assert threads[tids["IO iothread1"]].label == "iothread 1"
+    assert threads[tids["worker"]].label == "emulator"
+    assert threads[tids["CPU 0/KVM"]].now.cpus == CpuSet([cpu])
+    # libvirt has not moved this one yet, so that it is not in its place.
+    assert not threads[tids["CPU 1/KVM"]].settled
+    # Half moved: one hierarchy after the other, and not settled in between.
+    (outer[0] / "emulator/tasks").write_text(str(tids["CPU 0/KVM"]))
+    half = {thread.id.tid: thread for thread in made.look({"u": "rt"}, Memory()).threads()}
+    assert not half[tids["CPU 0/KVM"]].settled
+
+
+def test_a_real_process_that_ends_is_no_guest_any_more(tmp_path, like_qemu):
+    """On the real host: once its holder is gone the pid file proves nothing."""
+    pid, _, _ = like_qemu
+    made = Observer(run_dir=tmp_path)
+    before = made.look({"u": "rt"}, Memory()).guests
+    os.kill(pid, 9)
+    until(lambda: not made.look({"u": "rt"}, Memory()).guests, "it is seen to be gone")
+
+    assert [one.pid for one in before] == [pid]
+
+
+def test_the_real_host_has_facts():
+    """On the real host: the facts alone, without any guest."""
+    host = Observer().host()
+
+    assert CpuSet(os.sched_getaffinity(0)) <= host.online <= host.possible
