@@ -13,18 +13,16 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-import pytest
-from factories import cpus, fifo, guest
+from factories import fifo, guest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from simulated import FIRST_CHILD, Disk, Killed, Task, World, violations
 
 from rtpind.core.audit import Record
 from rtpind.core.cpuset import CpuSet
-from rtpind.core.memory import Memory
-from rtpind.core.model import OTHER, Guest, Host, Placement, Role, Sched, Scheduling, Thread
+from rtpind.core.model import OTHER, Host, Placement, Role, Sched, Scheduling, Thread
 from rtpind.core.placement import place
-from rtpind.core.plan import LOOK_APART_S, Phase, Step, make
+from rtpind.core.plan import LOOK_APART_S, Step, make
 from rtpind.core.policy import Drift, Policy
 from rtpind.core.policyfile import load
 from rtpind.daemon.reconcile import Reconciler, View
@@ -107,9 +105,8 @@ def any_class(random: Random) -> str:
     choices.append(entry("rt", exclusive="thread", priority=2))
     if exclusive:
         choices += [entry(share=True, priority=priority + 1)] * 3
-    for role in ("iothread", "vhost"):
-        if random.randrange(3):
-            roles.append(f"{role}: {random.choice(choices)}")
+    some = [role for role in ("iothread", "vhost") if random.randrange(3)]
+    roles += [f"{role}: {random.choice(choices)}" for role in some]
     return "{" + ", ".join(roles) + random.choice(["", ", unsafe: true"]) + "}"
 
 

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Fixtures of the lab: a host for each shape, booted once and shared; each scenario finds it as after installation.
+
+Scenarios run with ``--lab`` or RTPIND_LAB=1 only. ``@pytest.mark.lab("small", "trixie-rt")`` names the shapes that one
+runs on; RTPIND_LAB_TURNS=10 runs each so often. What a failing scenario saw is left in build/lab/.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from lab.host import ROOT, LabHost
+from lab.product import install
+from lab.recipe import SHAPES
+from lab.scene import Scene
+
+RESULTS = ROOT / "build/lab"
+#: The first scenario of a shape boots it, and may build its image.
+TIMEOUT_S = 900
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--lab", action="store_true", help="boot realtime hosts in virtual machines (slow)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "smoke: one of the few lab scenarios that CI runs")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("lab")
+    if marker is None or "host" not in metafunc.fixturenames:
+        return
+    turns = int(os.environ.get("RTPIND_LAB_TURNS", "1"))
+    if turns > 1:
+        metafunc.fixturenames.append("turn")
+        metafunc.parametrize("turn", range(turns))
+    metafunc.parametrize("host", marker.args or ("bookworm-rt",), indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--lab", default=False) or os.environ.get("RTPIND_LAB") == "1"
+    lab = [item for item in items if item.get_closest_marker("lab") is not None]
+    for item in lab:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
+    if lab and not wanted:
+        config.hook.pytest_deselected(items=lab)
+        items[:] = [item for item in items if item not in lab]
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+@pytest.fixture(scope="session")
+def host(request: pytest.FixtureRequest) -> Iterator[LabHost]:
+    """A booted lab host with rtpind installed; ended before the next shape boots."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it is shut down then, too
+    made = LabHost(SHAPES[request.param])
+    _say(request.config, f"booting {request.param} ...")
+    try:
+        with made:
+            install(made)
+            _say(request.config, f"{request.param} is up after {made.boot_s:.0f} s")
+            yield made
+    except BaseException:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"console-{request.param}.log").write_text(made.console)
+        raise
+
+
+@pytest.fixture
+def turn() -> int:
+    """Which of RTPIND_LAB_TURNS repetitions this is."""
+    return 0
+
+
+@pytest.fixture
+def scene(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """The scenario's host, with no guest and no rtpind running."""
+    directory = RESULTS / re.sub(r"[^\w.-]+", "_", request.node.name)
+    shutil.rmtree(directory, ignore_errors=True)
+    made = Scene(host)
+    made.clear()
+    yield made
+    if request.node.stash.get(FAILED, False):
+        host.dump(directory)
+    made.clear()
+
+
+def _say(config: pytest.Config, text: str) -> None:
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\nlab: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Puts rtpind on a lab host: the Debian package when there is one to test, else the source tree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lab.host import ROOT, LabHost
+
+_WRAPPER = '#!/bin/sh\nPYTHONPATH=/opt/rtpind exec /usr/bin/python3 -m {} "$@"\n'
+_UNITS = {
+    "rtpind.service": "etc/systemd/system/rtpind.service",
+    "rtpind.sysusers.conf": "usr/lib/sysusers.d/rtpind.conf",
+    "rtpind.tmpfiles.conf": "usr/lib/tmpfiles.d/rtpind.conf",
+    "rtpind.catalog": "usr/lib/systemd/catalog/rtpind.catalog",
+}
+
+
+def install(host: LabHost) -> None:
+    """Install the package that RTPIND_LAB_DEB names, or the source tree with the distribution's Python packages."""
+    host.push({"opt/rtpind/demo": ROOT / "demo"})
+    package = os.environ.get("RTPIND_LAB_DEB")
+    if package:
+        install_package(host, Path(package))
+    else:
+        install_source(host)
+
+
+def install_package(host: LabHost, package: Path) -> None:
+    """Install or upgrade to a Debian package; its dependencies are in the image. The service is left stopped."""
+    host.push({f"var/tmp/{package.name}": package})
+    host.run(["apt-get", "-y", "-q", "install", f"/var/tmp/{package.name}"], timeout_s=300)
+    host.run("systemctl disable --now rtpind", timeout_s=90)
+
+
+def install_source(host: LabHost) -> None:
+    """Put the source tree where a package would; the programs run it with the distribution's Python."""
+    files: dict[str, str | bytes | Path] = {
+        "opt/rtpind/rtpind": ROOT / "rtpind",
+        "usr/bin/rtpind": _WRAPPER.format("rtpind"),
+        "usr/bin/rtpinctl": _WRAPPER.format("rtpind.ctl.main"),
+        "etc/rtpind.yaml": ROOT / "etc/rtpind.yaml",
+    }
+    for name, target in _UNITS.items():
+        if (ROOT / "systemd" / name).exists():
+            files[target] = ROOT / "systemd" / name
+    host.push(files)
+    host.run("python3 -m compileall -q /opt/rtpind", timeout_s=180)
+    host.run("systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload", check=False, timeout_s=90)

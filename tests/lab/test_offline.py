@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A pCPU goes away under a spinning FIFO vCPU, on a host with one pCPU for everything else."""
+
+from __future__ import annotations
+
+import pytest
+
+from lab.scene import Scene, policy
+
+
+@pytest.mark.lab("small")
+def test_the_pcpu_of_a_spinning_guest_goes_offline(scene: Scene) -> None:
+    """The host stays alive; the vCPU is demoted and placed on a free pCPU; back online, the pCPU is used again."""
+    scene.start(policy(("rt-*", "realtime")))
+    guests = scene.guests("one", "two", boot="spin")
+    scene.wait_for(lambda: scene.alone(guests), "each vCPU is alone on its pCPU at FIFO")
+    (gone,) = guests[0].vcpus()[0].cpus
+
+    try:
+        scene.run(f"echo 0 >/sys/devices/system/cpu/cpu{gone}/online", timeout_s=180)
+        scene.wait_for(lambda: guests[0].vcpus()[0].cpus != (gone,), "the vCPU is elsewhere")
+        scene.wait_for(lambda: scene.alone(guests), "each vCPU is alone on one of the two that are left")
+    finally:
+        scene.run(f"echo 1 >/sys/devices/system/cpu/cpu{gone}/online", timeout_s=180)
+
+    third = scene.guest("three", boot="spin")
+    scene.wait_for(lambda: scene.alone([*guests, third]), "the third has the pCPU that came back")
+    scene.wait_verified()
