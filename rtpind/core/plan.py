@@ -237,7 +237,8 @@ class _Guest:
             self.drifted.append((thread, wanted))
             if self.drift is not Drift.REPAIR:
                 return True
-        if self.memory.tired(thread.id, self.time):
+        owed = wanted.affine(thread.now) and thread.id in self.memory.owed  # giving that is no repair
+        if not owed and self.memory.tired(thread.id, self.time):
             self.fighters.append(thread)
             return True
         return not wanted.affine(thread.now) and not self.may_move(thread, wanted)

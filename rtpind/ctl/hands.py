@@ -82,7 +82,10 @@ def _without_daemon(options: argparse.Namespace, request: dict[str, Any], why: E
     observer = Observer()
     journal = Journal(stderr=sys.stderr if options.verbose else io.StringIO())
     reconciler = Reconciler(observer, file, journal.send)
-    reconciler.open_ledger()
+    try:
+        reconciler.open_ledger()
+    except OSError as error:
+        return {"error": f"the ledger cannot be read: {error}"}
     reconciler.domains = running(observer)
     observer.host()
     try:

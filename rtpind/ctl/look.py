@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def look(config: Path | None, state_dir: Path) -> Looked:
     if config is not None or path.exists():
         policy, problems = policysource.read(path, observer.host(), strict=True)
     reconciler = Reconciler(observer, LedgerFile(state_dir), lambda _record: None)
-    reconciler.ledger, _ = reconciler.file.read()
+    with contextlib.suppress(OSError):  # who may not read it sees no hands-off, and all else
+        reconciler.ledger, _ = reconciler.file.read()
     reconciler.policy = policy
     reconciler.domains = running(observer, policy.uri if policy else URI)
     view = reconciler.view() if policy else None

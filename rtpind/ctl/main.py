@@ -69,13 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     run: Command = options.run
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no "→"
+    code = 1 if options.command == "verify" else 0  # where the reader goes away before all is said
     try:
         code = run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader went away (| head): nothing to complain about, also not when Python flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except PermissionError as error:
         show.error(f"{error.filename}: {error.strerror} (try as root)")
         return 1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ def as_json(document: Mapping[str, Any]) -> None:
 
 def console() -> Console:
     """Return the console for tables: the terminal's width up to 100; piped always 100, without colours."""
-    made = Console(highlight=False, markup=False, emoji=False)
+    made = Console(highlight=False)
     made.width = min(made.width, _WIDTH) if made.is_terminal else _WIDTH
     return made
 
@@ -60,9 +61,10 @@ def _print(out: Console, what: Table | Text) -> None:
     if out.is_terminal:
         out.print(what)
         return
-    with out.capture() as captured:  # the console pads; programs want no blanks at the end
-        out.print(what)
-    sys.stdout.writelines(text.rstrip() + "\n" for text in captured.get().splitlines())
+    # On paper first: the console pads, which programs do not want, and ends the process where a reader goes away.
+    paper = io.StringIO()
+    Console(file=paper, width=out.width, force_terminal=False, color_system=None).print(what)
+    sys.stdout.writelines(text.rstrip() + "\n" for text in paper.getvalue().split("\n")[:-1])
 
 
 def verdict(word: str | None) -> Text:

@@ -28,9 +28,10 @@ class Inbox(Generic[Item]):
         self._queue.put(item)
 
     def look_in(self, seconds: float, guest: str) -> None:
-        """Have ``guest`` looked at in that time, unless a look is due before."""
+        """Have ``guest`` looked at in that time, unless a look at it is due shortly before: in the last half of it."""
         when = self._clock() + seconds
-        if not any(other == guest and due <= when for due, other in self._due):
+        soon = when - seconds / 2 if seconds > 0 else float("-inf")
+        if not any(other == guest and soon <= due <= when for due, other in self._due):
             heapq.heappush(self._due, (when, guest))
 
     def wait(self, at_most_s: float) -> list[Item]:

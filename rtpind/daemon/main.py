@@ -66,7 +66,11 @@ def main(argv: list[str] | None = None) -> int:
         journal.send(Record(Kind.DAEMON, f"cannot start: {error}", Level.ERROR))
         return 1
     reconciler = Reconciler(observer, ledger, journal.send, observe_only=options.observe)
-    reconciler.open_ledger()
+    try:
+        reconciler.open_ledger()
+    except OSError as error:
+        journal.send(Record(Kind.DAEMON, f"cannot start: the ledger cannot be read: {error}", Level.ERROR))
+        return 1
     return Service(reconciler, options.config).run(policy)
 
 

@@ -16,6 +16,9 @@ from rtpind.host.cgroup import Cgroups
 from rtpind.host.proc import Proc
 from rtpind.host.sysfs import HostFacts
 
+#: Looks closer to each other than this do not search for new kernel threads.
+_SCAN_APART_S = 0.04
+
 
 class Observer:
     """Looks at guests. A look at some of them takes the others as they were last seen."""
@@ -26,10 +29,13 @@ class Observer:
         self.facts = HostFacts(self.cgroups, self.proc, root)
         self._run_dir = run_dir
         self._last: dict[str, Guest] = {}
+        self._scanned = float("-inf")
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
         """Return a snapshot of the guests ``domains`` (UUID → name), read anew: all of them, or ``only`` some."""
-        if only is None or not all(uuid in self._last for uuid in only):
+        # Not at the quick looks at a guest that starts: the list of all processes is the dearest part of a look.
+        if only is None or time.monotonic() - self._scanned >= _SCAN_APART_S:
+            self._scanned = time.monotonic()
             self.proc.kernel_threads.scan()
         uptime = self.proc.uptime()
         found: dict[str, Guest] = {}

@@ -170,8 +170,8 @@ class Reconciler:
     def _alive(self, process: Process) -> bool:
         try:
             return self.observer.proc.stat(process[0]).start == process[1]
-        except OSError:
-            return False
+        except (FileNotFoundError, ProcessLookupError):
+            return False  # anything else says nothing about it: its originals are kept
 
     def release(self, names: Collection[str]) -> dict[str, str]:
         """Put guests (names or UUIDs; none: all) back and leave them alone. Return name → what became of it."""

@@ -51,6 +51,7 @@ class Asked:
 
     request: Answer
     reply: queue.SimpleQueue[Answer] = field(default_factory=queue.SimpleQueue)
+    given_up: threading.Event = field(default_factory=threading.Event)
 
 
 class Service:
@@ -79,6 +80,7 @@ class Service:
         try:
             return asked.reply.get(timeout=_ANSWER_S)
         except queue.Empty:
+            asked.given_up.set()  # what was answered with an error must not happen later
             return {"error": "the daemon is busy"}
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -116,7 +118,7 @@ class Service:
         due = self._inbox.take_due() & self._reconciler.domains.keys()
         if time.monotonic() >= self._full_due:
             self._survive(self._full)
-        elif due:
+        elif due and self._listed_once:  # else the other guests are not known, and their pCPUs would be given out
             self._survive(self._pass, due)
 
     def _survive(self, do: Callable[..., None], *what: object) -> None:
@@ -136,10 +138,15 @@ class Service:
                     self._reload()
                 else:
                     self._stopping = True
-            case Asked(request, reply):
+            case Asked(request, reply, given_up):
+                if given_up.is_set():
+                    return
                 answer: Answer = {"error": "a fault in rtpind; see the journal"}
                 try:
-                    answer = commands.answer(request, self._reconciler, self._about())
+                    if self._listed_once:
+                        answer = commands.answer(request, self._reconciler, self._about())
+                    else:
+                        answer = {"error": "libvirt has not answered yet: rtpind does not know which guests run"}
                 finally:
                     reply.put(answer)
                 if request.get("do") not in commands.LOOKS:
@@ -199,7 +206,9 @@ class Service:
             self._inbox.look_in(0, domain.uuid)
             self._full_due = min(self._full_due, time.monotonic() + 0.05)
             return
-        self._reconciler.domains = {**self._reconciler.domains, domain.uuid: domain.name}
+        # One guest for a name: it may have been undefined and defined anew, with another UUID.
+        others = {uuid: name for uuid, name in self._reconciler.domains.items() if name != domain.name}
+        self._reconciler.domains = others | {domain.uuid: domain.name}
         for seconds in (0.0, *_FOLLOW_UPS_S):
             self._inbox.look_in(seconds, domain.uuid)
 

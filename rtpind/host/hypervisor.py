@@ -88,8 +88,10 @@ class Hypervisor:
 
     def _run_events(self) -> None:
         while not self._stop:
-            with contextlib.suppress(libvirt.libvirtError):
+            try:
                 libvirt.virEventRunDefaultImpl()
+            except libvirt.libvirtError:
+                self._pause(0.2)  # whatever it is, do not spin on it
 
     def _run_calls(self) -> None:
         failures = 0
@@ -102,7 +104,7 @@ class Hypervisor:
                     raise libvirt.libvirtError("the connection was closed")
                 else:
                     self._list(fresh=False)
-            except libvirt.libvirtError as error:
+            except Exception as error:  # whatever it is: without this thread rtpind would never hear of libvirt again
                 if failures == 0:
                     self._post(Lost(str(error)))
                 self._disconnect()
@@ -162,6 +164,8 @@ class Hypervisor:
         self._wake.set()
 
     def _on_lifecycle(self, _conn: Any, dom: libvirt.virDomain, event: int, *_: Any) -> None:
+        if event in (libvirt.VIR_DOMAIN_EVENT_DEFINED, libvirt.VIR_DOMAIN_EVENT_UNDEFINED):
+            return  # a configuration, not a guest that runs
         what = "stopped" if event == libvirt.VIR_DOMAIN_EVENT_STOPPED else "lifecycle"
         self._post(Changed(_domain(dom), what))
 

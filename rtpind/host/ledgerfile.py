@@ -53,14 +53,17 @@ class LedgerFile:
             self._lock = -1
 
     def read(self) -> tuple[Ledger, str]:
-        """Return the ledger and, when the file was unusable, why. A file that is not there is an empty ledger."""
+        """Return the ledger and, when the file was damaged, how. A file that is not there is an empty ledger.
+
+        Raises OSError when it cannot be read at all: that says nothing against what is in it.
+        """
         try:
             if self.path.stat().st_size > _MAX_BYTES:
                 raise ValueError("far too large")
             return load(json.loads(self.path.read_bytes())), ""
         except FileNotFoundError:
             return Ledger(), ""
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             return Ledger(), f"{self.path}: {error}"
 
     def set_aside(self) -> Path | None:
@@ -79,6 +82,7 @@ class LedgerFile:
         """
         fresh = self.path.with_suffix(".new")
         with open(fresh, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o644)  # rtpinctl status reads it as any user
             self._give_to_owner(file.fileno())
             json.dump(dump(ledger), file, separators=(",", ":"))
         os.replace(fresh, self.path)

@@ -157,8 +157,8 @@ class Proc:
             if kind is Kind.QEMU and stat.comm.startswith(("CPU ", "IO iothread")):
                 groups = cgroups.of(pid, tid)
             now = self.placement(tid, stat)
-        except OSError:
-            return None
+        except (FileNotFoundError, ProcessLookupError):
+            return None  # anything else (no more files, no memory) does not mean that it has ended
         return Sighting(
             id=ThreadId(pid, start, tid, stat.start),
             kind=Kind.KERNEL if stat.kernel else Kind.QEMU if kind is Kind.QEMU else Kind.PROCESS,

@@ -79,7 +79,7 @@ def command(tmp_path):
             ["bash", "-c", f'CTL() {{ {RTPINCTL} "$1" --state-dir \'{tmp_path}\' "${{@:2}}"; }}; {line}'],
             capture_output=True,
             text=True,
-            env=os.environ | env,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | env,
             cwd=ROOT,
             timeout=60,
         )

@@ -298,6 +298,16 @@ def test_a_damaged_ledger_is_set_aside_on_record(run, tmp_path):
     assert "the ledger is unusable" in err or os.path.exists("/run/systemd/journal/socket")
 
 
+def test_a_ledger_that_cannot_be_read_stops_whoever_would_write_it(run, tmp_path, policy):
+    """Looking goes on without it; what would replace it is refused."""
+    (tmp_path / "ledger.json").mkdir()
+
+    assert run("status", "--config", policy)[0] == 0
+    code, out, err = run("pause")
+    assert (code, out) == (1, "")
+    assert err.startswith("rtpinctl: the ledger cannot be read: ")
+
+
 def test_a_daemon_that_does_not_answer_is_not_done_without(run, tmp_path):
     """While somebody holds the lock nothing is done behind his back."""
     script = "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.flock(f,2); print(flush=True); sys.stdin.read()"
@@ -370,11 +380,22 @@ def test_a_policy_that_others_may_write_is_not_used(run, run_json, policy):
     assert run("plan", "--config", policy)[0] == 78
 
 
-def test_documents_are_the_same_from_a_process_of_its_own(command, policy, run):
-    """The installed command prints what the function prints."""
-    for words in ("check-config", "plan --config", "verify --config"):
-        name = words.split()[0]
+def test_a_process_of_its_own_prints_the_same_kind_of_document(command, policy):
+    """The installed command follows the schemas like the function, with its exit code."""
+    for words in ("check-config", "plan --config", "verify --config", "status --config"):
         code, out, err = command(f"CTL {words} {policy} --json")
         assert (code, err) == (0, "")
-        validate(name, json.loads(out))
-        assert out == run(*words.split(), policy, "--json")[1]
+        validate(words.split()[0], json.loads(out))
+
+
+def test_a_process_of_its_own_has_the_exit_codes(command, bad, policy):
+    """Good, not good, wrong options and bad policy, as the shell sees them."""
+    lines = [
+        f"CTL verify --config {policy}",
+        f"CTL verify --config {bad}",
+        "CTL release",
+        f"CTL check-config {bad}",
+        f"CTL plan --config {bad}",
+    ]
+
+    assert [command(line)[0] for line in lines] == [0, 1, 2, 78, 78]

@@ -132,6 +132,18 @@ def test_an_earlier_look_is_enough(inbox, clock):
     assert (first, second, inbox.take_due()) == ({"a"}, {"a"}, set())
 
 
+def test_a_look_in_a_moment_does_not_replace_one_much_later(inbox, clock):
+    """What begins late after an event is still looked for, although there was a look at once."""
+    for seconds in (0.0, 0.05, 5.0):
+        inbox.look_in(seconds, "a")
+    taken = []
+    for seconds in (0.0, 0.05, 1.0, 4.0):
+        clock.now += seconds
+        taken.append(inbox.take_due())
+
+    assert taken == [{"a"}, {"a"}, set(), {"a"}]
+
+
 def test_a_flood_of_events_is_a_handful_of_looks(inbox, clock):
     """A guest that changes all the time does not fill the timetable."""
     for _ in range(10_000):

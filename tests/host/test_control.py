@@ -152,6 +152,20 @@ def test_a_client_that_does_not_read_is_left(tmp_path):
         server.stop()
 
 
+@PATIENT
+def test_many_clients_wait_for_their_turn(tmp_path, server):
+    """However many ask at once while one is slow, none is turned away."""
+    answers = []
+    clients = [threading.Thread(target=lambda: answers.append(ask({}, tmp_path))) for _ in range(20)]
+    with connect(tmp_path):
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+
+    assert sorted(answer["ok"] for answer in answers) == list(range(1, 21))
+
+
 def test_a_client_that_leaves_early_is_no_trouble(tmp_path, server):
     """Clients that go away before the answer leave the server as it was."""
     for _ in range(20):

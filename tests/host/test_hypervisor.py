@@ -19,10 +19,14 @@ READ_ONLY = next((path for path in (Path("/run/libvirt/libvirt-sock-ro"), Path("
 
 
 class Posts(list):
-    """What a hypervisor posted, in order."""
+    """What a hypervisor posted, in order. Other people's guests may come and go on the real libvirtd meanwhile."""
 
     def of(self, kind):
         return [post for post in list(self) if isinstance(post, kind)]
+
+    def kinds(self):
+        """Return which lists and losses were posted."""
+        return [type(post) for post in list(self) if not isinstance(post, Changed)]
 
 
 @pytest.fixture
@@ -57,9 +61,10 @@ def domain():
 class Proxy:
     """A socket in front of libvirtd's: can refuse, cut, or swallow everything."""
 
-    def __init__(self, path, *, deaf=False):
+    def __init__(self, path, *, deaf=False, rude=False):
         self.path = path
         self.deaf = deaf
+        self.rude = rude
         self.open = []
         self.accepted = 0
         self.server = socket.socket(socket.AF_UNIX)
@@ -79,7 +84,9 @@ class Proxy:
                 return
             self.accepted += 1
             self.open.append(client)
-            if not self.deaf:
+            if self.rude:
+                self.cut()
+            elif not self.deaf:
                 behind = socket.socket(socket.AF_UNIX)
                 behind.connect(str(READ_ONLY))
                 self.open.append(behind)
@@ -180,9 +187,22 @@ def test_a_libvirt_that_is_not_there_is_said_once_and_tried_again(watch, proxy, 
     proxy()
     until(lambda: posts.of(Listed), "connected")
 
-    assert [type(post) for post in posts] == [Lost, Listed]
-    assert posts[1].fresh
+    assert posts.kinds() == [Lost, Listed]
+    assert posts.of(Listed)[0].fresh
     assert 0.5 < time.monotonic() - begun < 5
+
+
+def test_a_libvirt_that_stays_away_is_said_once(watch, proxy):
+    """Further attempts that fail are no news."""
+    rude = proxy(rude=True)
+    hypervisor, posts = watch(rude.uri)
+    until(lambda: posts.of(Lost), "it is said to be away")
+    tried = rude.accepted
+    until(lambda: rude.accepted > tried, "it is tried again")
+    hypervisor.stop()
+    until(lambda: not any(thread.name == "libvirt-calls" for thread in threading.enumerate()), "the attempt has ended")
+
+    assert posts.kinds() == [Lost]
 
 
 def test_a_connection_that_is_cut_is_made_anew(watch, proxy):
@@ -193,7 +213,7 @@ def test_a_connection_that_is_cut_is_made_anew(watch, proxy):
     front.cut()
     until(lambda: len(posts.of(Listed)) == 2, "connected again")
 
-    assert [type(post) for post in posts] == [Listed, Lost, Listed]
+    assert posts.kinds() == [Listed, Lost, Listed]
     assert [post.fresh for post in posts.of(Listed)] == [True, True]
     assert front.accepted == 2
 

@@ -147,16 +147,17 @@ def test_a_huge_file_is_not_read(tmp_path):
     assert file.set_aside() == tmp_path / "ledger.damaged"
 
 
-def test_what_is_no_file_is_told(tmp_path):
-    """A folder or a loop of links in the file's place is unusable, and neither raises nor hangs."""
+def test_what_cannot_be_read_says_nothing_of_its_content(tmp_path):
+    """A folder or a loop of links in the file's place is an error for the caller, who must not set it aside."""
     file = LedgerFile(tmp_path)
     file.path.mkdir()
-    found, trouble = file.read()
-    file.set_aside()
+    with pytest.raises(IsADirectoryError):
+        file.read()
+    file.path.rmdir()
     file.path.symlink_to(file.path)
 
-    assert (found, "directory" in trouble) == (Ledger(), True)
-    assert "symbolic links" in file.read()[1]
+    with pytest.raises(OSError, match="symbolic links"):
+        file.read()
 
 
 def test_what_cannot_be_set_aside_stays(tmp_path):
@@ -170,17 +171,27 @@ def test_what_cannot_be_set_aside_stays(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody who may not read")
-def test_an_unreadable_file_is_told(tmp_path):
-    """Permission missing is a reason like any other."""
+def test_an_unreadable_file_is_an_error(tmp_path):
+    """Permission missing says nothing against what is in the file."""
     file = LedgerFile(tmp_path)
     file.write(ledger())
     os.seteuid(65534)
     try:
-        found, trouble = file.read()
+        with pytest.raises(PermissionError):
+            file.read()
     finally:
         os.seteuid(0)
 
-    assert (found, "Permission denied" in trouble) == (Ledger(), True)
+
+def test_the_file_is_readable_for_everybody(tmp_path):
+    """A command of any user shows what is left alone, whatever the umask of the daemon was."""
+    mask = os.umask(0o077)
+    try:
+        LedgerFile(tmp_path).write(ledger())
+    finally:
+        os.umask(mask)
+
+    assert (tmp_path / "ledger.json").stat().st_mode & 0o777 == 0o644
 
 
 def test_only_one_process_has_the_lock(tmp_path, holder):
