@@ -32,7 +32,8 @@ def main() -> int:
     try:
         stage.set_up()
         for count, step in enumerate(STEPS, 1):
-            show.line(f"\n== {count} of {len(STEPS)}: {(step.__doc__ or '').strip()}\n")
+            for text in ("", f"== {count} of {len(STEPS)}: {(step.__doc__ or '').strip()}", ""):
+                show.line(text)
             step(stage)
     except Interrupted as interrupted:
         number = interrupted.number

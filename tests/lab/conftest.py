@@ -100,7 +100,8 @@ def scene(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
     yield made
     if request.node.stash.get(FAILED, False):
         host.dump(directory)
-    made.clear()
+    if host.running():
+        made.clear()
 
 
 def _say(config: pytest.Config, text: str) -> None:
