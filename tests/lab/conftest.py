@@ -2,7 +2,8 @@
 """Fixtures of the lab: a host for each shape, booted once and shared; each scenario finds it as after installation.
 
 Scenarios run with ``--lab`` or RTPIND_LAB=1 only. ``@pytest.mark.lab("small", "trixie-rt")`` names the shapes that one
-runs on; RTPIND_LAB_TURNS=10 runs each so often. What a failing scenario saw is left in build/lab/.
+runs on; RTPIND_LAB_TURNS=10 runs each so often. With pytest-xdist the scenarios of one shape stay together in one
+worker. What a failing scenario saw is left in build/lab/.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if turns > 1:
         metafunc.fixturenames.append("turn")
         metafunc.parametrize("turn", range(turns))
-    metafunc.parametrize("host", marker.args or ("bookworm-rt",), indirect=True, scope="session")
+    shapes = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in marker.args or ("bookworm-rt",)]
+    metafunc.parametrize("host", shapes, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -54,6 +56,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if lab and not wanted:
         config.hook.pytest_deselected(items=lab)
         items[:] = [item for item in items if item not in lab]
+
+
+def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -> tuple[str, str, str] | None:
+    """Show beside each scenario that passed how long it took."""
+    mine = report.nodeid.startswith("tests/lab/")
+    if mine and report.when == "call" and report.passed and not hasattr(report, "wasxfail"):
+        return "passed", ".", f"PASSED in {report.duration:.0f} s"
+    return None
 
 
 FAILED = pytest.StashKey[bool]()
