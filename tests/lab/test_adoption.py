@@ -35,6 +35,8 @@ def test_observe_then_plan_then_enforce(scene: Scene) -> None:
     scene.run("systemctl reload rtpind")
     scene.wait_for(lambda: scene.alone(guests), "each vCPU is alone on its pCPU at FIFO")
     scene.wait_verified()
+    own = scene.host.call("threads", pid=scene.pid())
+    assert {tuple(thread["cpus"]) for thread in own} == {scene.housekeeping}
 
 
 def test_a_bad_policy_is_refused_and_a_good_one_taken(scene: Scene) -> None:
