@@ -66,14 +66,14 @@ def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -
     return None
 
 
-FAILED = pytest.StashKey[bool]()
+FAILED = pytest.StashKey[str]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        item.stash[FAILED] = True
+        item.stash[FAILED] = report.longreprtext
     return report
 
 
@@ -108,8 +108,10 @@ def scene(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
     made = Scene(host)
     made.clear()
     yield made
-    if request.node.stash.get(FAILED, False):
+    failure = request.node.stash.get(FAILED, "")
+    if failure:
         host.dump(directory)
+        (directory / "failure.txt").write_text(failure)
     if host.running():
         made.clear()
 

@@ -86,7 +86,7 @@ class LabHost:
 
     def _command(self) -> list[str]:
         shape, image = self.shape, get(IMAGES[self.shape.image])
-        command = ["nice", "-n", "5", "setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
+        command = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
         command += ["-name", f"rtpind-lab-{shape.name}", "-nodefaults", "-no-user-config", "-display", "none"]
         command += ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC", "-smp", shape.smp]
         command += ["-m", f"{shape.memory_mib}M"]

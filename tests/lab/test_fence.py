@@ -14,13 +14,13 @@ pytestmark = pytest.mark.lab("bookworm-rt", "trixie-rt")
 def test_a_pinned_vcpu_is_placed_inside_its_pin_or_named(scene: Scene) -> None:
     """A vCPU pinned inside the pool is at FIFO there; one pinned outside stays, and its cgroup is named."""
     scene.start(policy(("rt-*", "realtime")))
-    inside = scene.guest("inside", cputune="<vcpupin vcpu='0' cpuset='3'/>")
+    inside = scene.guest("inside", cputune="<vcpupin vcpu='0' cpuset='3'/>", firmware=True)
     outside = scene.guest("outside", cputune="<vcpupin vcpu='0' cpuset='0'/>")
 
     scene.wait_for(lambda: scene.alone([inside]), "the vCPU pinned inside the pool is at FIFO there")
     scene.wait_for(lambda: "fenced" in scene.verdict(outside, "vcpu"), "the vCPU pinned outside is fenced")
 
-    scene.wait_for(lambda: inside.booted() and outside.booted(), "both have booted")
+    scene.wait_for(inside.booted, "it has booted")
     scene.wait_for(lambda: scene.alone([inside]), "no worker of boot time keeps FIFO from it")
     assert [vcpu.cpus for vcpu in inside.vcpus()] == [(3,)]
     (out,) = outside.vcpus()
@@ -41,7 +41,6 @@ def test_helpers_pinned_into_the_pool_leave_the_vcpu_another_pcpu(scene: Scene) 
 
     scene.wait_for(lambda: "fenced" in scene.verdict(guest, "emulator"), "the helpers are fenced")
     scene.wait_for(lambda: len(guest.vcpus()[0].cpus) == 1, "the vCPU has a pCPU")
-    scene.wait_for(guest.booted, "the guest has booted")
     scene.passes()
 
     (vcpu,) = guest.vcpus()
