@@ -17,12 +17,11 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from lab.host import ROOT, LabHost
+from lab.host import RESULTS, LabHost
 from lab.product import install
 from lab.recipe import SHAPES
 from lab.scene import Scene
 
-RESULTS = ROOT / "build/lab"
 #: The first scenario of a shape boots it, and may build its image.
 TIMEOUT_S = 900
 
@@ -80,6 +79,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 @pytest.fixture(scope="session")
 def host(request: pytest.FixtureRequest) -> Iterator[LabHost]:
     """A booted lab host with rtpind installed; ended before the next shape boots."""
+    (RESULTS / f"commands-{request.param}.log").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it is shut down then, too
     made = LabHost(SHAPES[request.param])
     _say(request.config, f"booting {request.param} ...")

@@ -20,11 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lab.channel import Channel, ChannelError, connect
+from lab.channel import Channel, ChannelError, Reply, connect
 from lab.image import get
 from lab.recipe import IMAGES, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "build/lab"
 BOOT_S = 300.0
 
 
@@ -134,10 +135,10 @@ class LabHost:
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         payload = stdin.encode() if isinstance(stdin, str) else stdin
         request = {"op": "run", "argv": argv, "timeout": timeout_s, "env": dict(env or {})}
-        reply, output = self.channel.ask(timeout_s + 30, payload, **request)
+        text = command if isinstance(command, str) else shlex.join(command)
+        reply, output = self._ask(text, timeout_s + 30, payload, **request)
         out, err = output[: int(reply["out"])], output[int(reply["out"]) :]
         done = Done(int(reply["code"]), out.decode(errors="replace"), err.decode(errors="replace"))
-        text = command if isinstance(command, str) else shlex.join(command)
         if reply["late"]:
             raise LabError(f"not within {timeout_s:g} s: {text}\n{done}")
         if check and done.code != 0:
@@ -146,7 +147,18 @@ class LabHost:
 
     def call(self, function: str, timeout_s: float = 90.0, **arguments: Any) -> Any:
         """Call a function of :mod:`lab.inside` on the lab host."""
-        return self.channel.ask(timeout_s, op="call", function=function, arguments=arguments)[0]["result"]
+        text = f"{function} {arguments}"
+        return self._ask(text, timeout_s, op="call", function=function, arguments=arguments)[0]["result"]
+
+    def _ask(self, text: str, timeout_s: float, payload: bytes = b"", **request: Any) -> Reply:
+        """Ask the agent, and note in build/lab what that took: where a slow scenario spends its time."""
+        began = time.monotonic()
+        try:
+            return self.channel.ask(timeout_s, payload, **request)
+        finally:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            with (RESULTS / f"commands-{self.shape.name}.log").open("a") as log:
+                log.write(f"{time.strftime('%H:%M:%S')} {time.monotonic() - began:6.2f} s  {text}\n")
 
     def push(self, files: Mapping[str, str | bytes | Path], directory: str = "/") -> None:
         """Write files (name below ``directory`` → content, or a file or tree to copy) on the lab host."""

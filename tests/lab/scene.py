@@ -39,7 +39,7 @@ def policy(
     mode: str = "enforce",
     pool: str = "isolated",
     drift: str = "repair",
-    period: str = "1s",
+    period: str = "2s",
     more: str = "",
 ) -> str:
     """Return a policy with rules (glob of names, class); ``pool`` is where vCPUs go."""
