@@ -33,7 +33,6 @@ def test_a_pinned_vcpu_is_placed_inside_its_pin_or_named(scene: Scene) -> None:
     assert scene.steps() == steps  # what was refused is remembered
 
 
-@pytest.mark.xfail(reason="the vCPU is placed on the very pCPU that its own helpers are pinned to")
 def test_helpers_pinned_into_the_pool_leave_the_vcpu_another_pcpu(scene: Scene) -> None:
     """The helpers cannot leave and are named; their guest's vCPU is at FIFO on another pCPU."""
     scene.start(policy(("rt-*", "realtime")))

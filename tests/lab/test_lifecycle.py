@@ -24,7 +24,7 @@ def define(scene: Scene, guest: Guest) -> None:
 
 def test_pause_reset_dump_and_snapshot(scene: Scene) -> None:
     """What stops the guest for a while and copies its memory changes no thread of it."""
-    (guest,) = scene.placed("life", boot="spin")
+    (guest,) = scene.placed("life")
     before = guest.places()
 
     for words in (

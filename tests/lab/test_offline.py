@@ -12,7 +12,7 @@ from lab.scene import Scene, policy
 def test_the_pcpu_of_a_spinning_guest_goes_offline(scene: Scene) -> None:
     """The host stays alive; the vCPU is demoted and placed on a free pCPU; back online, the pCPU is used again."""
     scene.start(policy(("rt-*", "realtime")))
-    guests = scene.guests("one", "two", boot="spin")
+    guests = [scene.guest("one", boot="spin"), scene.guest("two")]
     scene.wait_for(lambda: scene.alone(guests), "each vCPU is alone on its pCPU at FIFO")
     (gone,) = guests[0].vcpus()[0].cpus
 
@@ -23,6 +23,6 @@ def test_the_pcpu_of_a_spinning_guest_goes_offline(scene: Scene) -> None:
     finally:
         scene.run(f"echo 1 >/sys/devices/system/cpu/cpu{gone}/online", timeout_s=180)
 
-    third = scene.guest("three", boot="spin")
+    third = scene.guest("three")
     scene.wait_for(lambda: scene.alone([*guests, third]), "the third has the pCPU that came back")
     scene.wait_verified()
