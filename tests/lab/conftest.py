@@ -16,6 +16,8 @@ import sys
 from collections.abc import Generator, Iterator
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from lab.host import RESULTS, LabHost
 from lab.product import install
@@ -42,8 +44,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if turns > 1:
         metafunc.fixturenames.append("turn")
         metafunc.parametrize("turn", range(turns))
-    shapes = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in marker.args or ("bookworm-rt",)]
-    metafunc.parametrize("host", shapes, indirect=True, scope="session")
+    metafunc.parametrize("host", marker.args or ("bookworm-rt",), indirect=True, scope="session")
+
+
+class ByShape(LoadScopeScheduling):
+    """Keeps the scenarios of one shape together. What xdist has for it, loadgroup, does not work with pytest 9."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((name for name in SHAPES if name in nodeid.partition("[")[2]), nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByShape:
+    return ByShape(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
