@@ -99,7 +99,8 @@ def host(request: pytest.FixtureRequest) -> Iterator[LabHost]:
     try:
         with made:
             install(made)
-            _say(request.config, f"{request.param} is up after {made.boot_s:.0f} s")
+            how = "continues" if made.continued else "has booted"
+            _say(request.config, f"{request.param} {how} after {made.boot_s:.0f} s")
             yield made
     except BaseException:
         RESULTS.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A booted lab host: commands, files, a look at guests' threads, reboot, and a dump when something went wrong.
 
-The disk is a snapshot: nothing that happens on the host outlives it. QEMU ends with the process that started it.
+Nothing that happens on the host outlives it. QEMU ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lab import saved
 from lab.channel import Channel, ChannelError, Reply, connect
-from lab.image import get
+from lab.image import Built, get
 from lab.recipe import IMAGES, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,7 @@ class LabHost:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.boot_s = 0.0
+        self.continued = False
         self._dir = Path(tempfile.mkdtemp(prefix=f"rtpind-lab-{shape.name}-", dir="/var/tmp"))
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
@@ -74,21 +76,43 @@ class LabHost:
         return ""
 
     def boot(self) -> None:
-        """Start QEMU and wait until libvirt answers on the lab host. Raises LabError."""
+        """Start QEMU and wait until libvirt answers on the lab host; one that booted before goes on from there.
+
+        Raises LabError.
+        """
         began = time.monotonic()
-        (self._dir / "agent.tar").write_bytes(archive({"agent.py": _file("agent.py"), "inside.py": _file("inside.py")}))
+        image, disk = get(IMAGES[self.shape.image]), self._dir / "disk.qcow2"
+        agent = [_file("agent.py"), _file("inside.py")]
+        (self._dir / "agent.tar").write_bytes(archive({file.name: file for file in agent}))
+        kept = saved.saved(self.shape.name, self._command(image, Path("disk"), Path("dir")), agent)
+        if kept.exists():
+            command = [*self._command(image, kept.disk, self._dir), "-incoming", f"exec:zstd -q -d -c {kept.memory}"]
+        else:
+            saved.overlay(image.disk, disk)
+            command = self._command(image, disk, self._dir)
         with (self._dir / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self._channel = connect(self._dir / "agent.sock")
-        self._wait_until_up("")
+        if kept.exists():
+            self.channel.greet(BOOT_S)
+            self.continued = True
+        else:
+            self._wait_until_up("")
+            self.run("systemctl is-system-running --wait", check=False, timeout_s=BOOT_S)
+            self.run("sync")
+            saved.save(kept, self.shape.name, self._dir / "monitor.sock", disk)
         self.boot_s = time.monotonic() - began
 
-    def _command(self) -> list[str]:
-        shape, image = self.shape, get(IMAGES[self.shape.image])
-        command = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
-        command += ["-name", f"rtpind-lab-{shape.name}", "-nodefaults", "-no-user-config", "-display", "none"]
+    def _command(self, image: Built, disk: Path, directory: Path) -> list[str]:
+        shape = self.shape
+        command = ["qemu-system-x86_64", "-name", f"rtpind-lab-{shape.name}"]
+        command += ["-nodefaults", "-no-user-config", "-display", "none"]
         command += ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC", "-smp", shape.smp]
         command += ["-m", f"{shape.memory_mib}M"]
         for number, cpus in enumerate(shape.nodes):
@@ -96,11 +120,13 @@ class LabHost:
             command += ["-object", f"memory-backend-ram,id=m{number},size={size}M"]
             command += ["-numa", f"node,nodeid={number},cpus={cpus},memdev=m{number}"]
         command += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", shape.command_line()]
-        command += ["-drive", f"file={image.disk},if=virtio,format=raw,snapshot=on,cache=unsafe"]
-        command += ["-drive", f"file={self._dir}/agent.tar,if=virtio,format=raw,readonly=on"]
-        command += ["-chardev", f"socket,id=agent,path={self._dir}/agent.sock,server=on,wait=off"]
+        snapshot = "off" if disk.parent == directory else "on"  # what was saved stays as it is
+        command += ["-drive", f"file={disk},if=virtio,format=qcow2,snapshot={snapshot},cache=unsafe"]
+        command += ["-drive", f"file={directory}/agent.tar,if=virtio,format=raw,readonly=on"]
+        command += ["-chardev", f"socket,id=agent,path={directory}/agent.sock,server=on,wait=off"]
         command += ["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=lab.agent"]
-        command += ["-device", "virtio-rng-pci", "-serial", f"file:{self._dir}/console.log"]
+        command += ["-qmp", f"unix:{directory}/monitor.sock,server=on,wait=off"]
+        command += ["-device", "virtio-rng-pci", "-serial", f"file:{directory}/console.log"]
         return command
 
     def _wait_until_up(self, last_boot: str) -> None:
