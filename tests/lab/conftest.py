@@ -25,7 +25,7 @@ from lab.recipe import SHAPES
 from lab.scene import Scene
 
 #: The first scenario of a shape boots it, and may build its image.
-TIMEOUT_S = 900
+TIMEOUT_S = 1800
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -153,7 +153,7 @@ class LabHost:
         command: str | Sequence[str],
         *,
         check: bool = True,
-        timeout_s: float = 60.0,
+        timeout_s: float = 180.0,
         stdin: str | bytes = b"",
         env: Mapping[str, str] | None = None,
     ) -> Done:
@@ -194,13 +194,18 @@ class LabHost:
         """Return the text of a file."""
         return self.run(["cat", path]).out
 
-    def wait_for(self, condition: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
-        """Poll until ``condition`` is true; TimeoutError names ``what`` was waited for, and what was there instead."""
+    def wait_for(
+        self, condition: Callable[[], object], what: str, timeout_s: float = 300.0, *, every_s: float = 0.1
+    ) -> None:
+        """Poll until ``condition`` is true; TimeoutError names ``what`` was waited for, and what was there instead.
+
+        Polling takes CPU time of the lab host: ``every_s`` spares one that has none.
+        """
         deadline = time.monotonic() + timeout_s
         while not (found := condition()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not within {timeout_s:g} s: {what} (at last: {found!r})")
-            time.sleep(0.1)
+            time.sleep(every_s)
 
     def reboot(self) -> None:
         """Restart the lab host and wait until libvirt answers again."""

@@ -37,7 +37,7 @@ def install(host: LabHost) -> None:
 def install_package(host: LabHost, package: Path) -> None:
     """Install or upgrade to a Debian package; its dependencies are in the image. The service is left stopped."""
     host.run(f"apt-get -y -q install {push_package(host, package)}", timeout_s=300)
-    host.run("systemctl disable --now rtpind", timeout_s=90)
+    host.run("systemctl disable --now rtpind")
 
 
 def push_package(host: LabHost, package: Path) -> str:
@@ -71,5 +71,5 @@ def install_source(host: LabHost) -> None:
         if (ROOT / "systemd" / name).exists():
             files[target] = ROOT / "systemd" / name
     host.push(files)
-    host.run("python3 -m compileall -q /opt/rtpind", timeout_s=180)
-    host.run("systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload", check=False, timeout_s=90)
+    host.run("python3 -m compileall -q /opt/rtpind")
+    host.run("systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload", check=False)

@@ -153,12 +153,12 @@ class Scene:
         if text is not None:
             self.write_policy(text)
         seen = self.count("connected to libvirt")
-        self.run("systemctl start rtpind", timeout_s=90)
+        self.run("systemctl start rtpind")
         self.wait_for(lambda: self.count("connected to libvirt") > seen, "rtpind has connected to libvirt")
 
     def ctl(self, *words: str) -> Done:
         """Run rtpinctl."""
-        return self.run(["rtpinctl", *words], check=False, timeout_s=90)
+        return self.run(["rtpinctl", *words], check=False)
 
     def ctl_json(self, *words: str) -> Any:
         """Run rtpinctl --json and return its document."""
@@ -166,7 +166,7 @@ class Scene:
         assert done.out.strip(), str(done)
         return json.loads(done.out)
 
-    def wait_verified(self, timeout_s: float = 120.0) -> None:
+    def wait_verified(self, timeout_s: float = 300.0) -> None:
         """Wait until ``rtpinctl verify`` is content."""
         last: list[Done] = []
 
@@ -212,7 +212,7 @@ class Scene:
     def passes(self, count: int = 2) -> None:
         """Wait until the daemon has made that many further full passes."""
         target = int(self.status()["daemon"]["passes"]) + count
-        self.wait_for(lambda: int(self.status()["daemon"]["passes"]) >= target, f"{count} more passes")
+        self.wait_for(lambda: int(self.status()["daemon"]["passes"]) >= target, f"{count} more passes", every_s=1)
 
     def records(self) -> list[str]:
         """Return rtpind's records since the scenario began."""

@@ -77,7 +77,7 @@ def test_autostarted_guests_after_a_reboot_of_the_host(scene: Scene) -> None:
         pids = {name.removesuffix(".pid"): int(pid) for name, _, pid in (word.partition(":") for word in found)}
         return [Guest(scene.host, guest.name, guest.uuid, pids[guest.name]) for guest in guests if guest.name in pids]
 
-    scene.wait_for(lambda: len(up()) == 2, "both guests run again", 120)
-    scene.wait_for(lambda: scene.alone(up()), "both are placed", 120)
+    scene.wait_for(lambda: len(up()) == 2, "both guests run again")
+    scene.wait_for(lambda: scene.alone(up()), "both are placed")
     scene.wait_verified()
     scene.run("systemctl disable rtpind")
