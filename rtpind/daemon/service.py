@@ -22,9 +22,9 @@ from rtpind.core.audit import Kind, Level, Record
 from rtpind.core.ledger import EVERYONE
 from rtpind.core.policy import HOUSEKEEPING, Policy
 from rtpind.daemon import commands, policysource
+from rtpind.daemon.house import Housekeeper
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
-from rtpind.host import sched
 from rtpind.host.control import Answer, ControlServer
 from rtpind.host.hypervisor import Changed, Domain, Hypervisor, Listed, Lost
 from rtpind.host.journal import notify, watchdog_s
@@ -62,8 +62,10 @@ class Service:
         self._path = policy_path
         self._inbox: Inbox[Signalled | Asked | Listed | Changed | Lost] = Inbox()
         self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
+        self._house = Housekeeper(lambda: reconciler.observer.proc.tids(os.getpid()), reconciler.emit)
         self._hypervisor: Hypervisor | None = None
         self._libvirt = "connecting"
+        self._lost = ""  # why libvirt is away, as last said
         self._stopping = False
         self._full_due = 0.0
         self._status = ""
@@ -74,7 +76,9 @@ class Service:
 
     # --- from other threads: only post -----------------------------------------------------------------------
 
-    def _answer_from_thread(self, request: Answer) -> Answer:
+    def _answer_from_thread(self, request: Answer, trusted: bool) -> Answer:
+        if not trusted and request.get("do") not in commands.LOOKS:
+            return {"error": "only root and the daemon's own user may change something"}
         asked = Asked(request)
         self._inbox.post(asked)
         try:
@@ -121,7 +125,7 @@ class Service:
         elif due and self._listed_once:  # else the other guests are not known, and their pCPUs would be given out
             self._survive(self._pass, due)
 
-    def _survive(self, do: Callable[..., None], *what: object) -> None:
+    def _survive(self, do: Callable[..., object], *what: object) -> None:
         """Do one thing. The one place where a fault is caught: guests stay managed whatever one thing trips over."""
         try:
             do(*what)
@@ -146,7 +150,8 @@ class Service:
                     if self._listed_once:
                         answer = commands.answer(request, self._reconciler, self._about())
                     else:
-                        answer = {"error": "libvirt has not answered yet: rtpind does not know which guests run"}
+                        why = f" ({self._lost})" if self._lost else ""
+                        answer = {"error": f"libvirt has not answered yet{why}: rtpind does not know which guests run"}
                 finally:
                     reply.put(answer)
                 if request.get("do") not in commands.LOOKS:
@@ -155,9 +160,11 @@ class Service:
                 self._listed(domains, fresh)
             case Changed(domain, what):
                 self._changed(domain, what)
-            case Lost(why):
+            case Lost(why, cure):
                 self._libvirt = "away"
-                text = f"libvirt is away ({why}); the guests known are kept in place, and it is tried again"
+                self._lost = cure or why
+                text = f"libvirt is away ({why}{'; ' if cure else ''}{cure}); "
+                text += "the guests known are kept in place, and it is tried again"
                 self._say(Kind.LIBVIRT, text, Level.WARNING)
                 self._tell()
 
@@ -168,10 +175,11 @@ class Service:
         if self._libvirt == "connected":
             self._hypervisor.relist()
         if self._listed_once:  # before that there is nothing to look at, and nothing to forget
-            self._pass(None)
+            view = self._pass(None)
+            self._house.keep(self._policy().pool(HOUSEKEEPING, view.snapshot.host))
             self._passes += 1
 
-    def _pass(self, only: set[str] | None) -> None:
+    def _pass(self, only: set[str] | None) -> View:
         view = self._reconciler.run(only)
         for guest in view.snapshot.guests:
             if guest.uuid not in view.plan.again:
@@ -182,6 +190,7 @@ class Service:
             if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:
                 self._inbox.look_in(_AGAIN_S, guest.uuid)
         self._tell(view)
+        return view
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -232,12 +241,7 @@ class Service:
 
     def _adopt(self, policy: Policy) -> None:
         self._reconciler.policy = policy
-        host = self._reconciler.observer.host()
-        own = policy.pool(HOUSEKEEPING, host)
-        if own:
-            for thread in threading.enumerate():
-                if thread.native_id is not None and os.sched_getaffinity(thread.native_id) != set(own):
-                    sched.set_affinity(thread.native_id, own)
+        self._house.keep(policy.pool(HOUSEKEEPING, self._reconciler.observer.host()))
 
     def _about(self) -> Mapping[str, Any]:
         return {
