@@ -117,6 +117,7 @@ class _Placing:
         self.owners: dict[int, str] = {}  # pCPU → who holds it exclusively
         self.blocked: dict[int, dict[str, str]] = {}  # pCPU → UUIDs of the guests narrowed to it, and their names
         self.held = NO_CPUS  # what floaters keep off
+        self.fenced: dict[str, CpuSet] = {}  # guest uuid → what a cpuset holds its helpers to
         self.given: dict[tuple[str, str], int] = {}  # (guest uuid, slot label) → pCPU
         self.housekeeping = policy.pool(HOUSEKEEPING, self.host)
 
@@ -187,10 +188,12 @@ class _Placing:
         return NO_CPUS if cpus in (self.host.online, self.host.online - self.host.isolated) else cpus
 
     def block_fenced(self, placing: list[tuple[Guest, Rule, GuestClass]]) -> None:
-        """Keep places of other guests off what a cpuset holds a thread to."""
+        """Keep places of other guests off what a cpuset holds a thread to, and vCPUs off their own guest's helpers."""
         for guest, _, _ in placing:
             for thread in guest.threads:
                 if any(refusal.affinity for refusal in self.memory.refused.get(thread.id, ())):
+                    if thread.helper:
+                        self.fenced[guest.uuid] = self.fenced.get(guest.uuid, NO_CPUS) | thread.now.cpus
                     for cpu in self.narrowed(thread):
                         text = f"{guest.name}: {thread.label} (fenced)"
                         self.blocked.setdefault(cpu, {}).setdefault(guest.uuid, text)
@@ -235,17 +238,19 @@ class _Placing:
                         place = self.memory.places.get(thread.id) if remembered else thread.now
                         if place is None or len(place.cpus) != 1 or not thread.settled:
                             continue
-                        if self.free(slot.pool, uuid, place.cpus):
+                        if self.free(slot, uuid) & place.cpus:
                             self.give(uuid, slot, place.cpus.first())
                             break
 
-    def free(self, pool: str, uuid: str, among: CpuSet | None = None) -> CpuSet:
-        """Return the pCPUs of ``pool`` (``among`` them) that ``uuid`` may take."""
-        cpus = self.policy.pool(pool, self.host)
-        if among is not None:
-            cpus &= among
+    def free(self, slot: _Slot, uuid: str) -> CpuSet:
+        """Return the pCPUs that ``uuid`` may take for ``slot``.
+
+        A vCPU is not put where a cpuset holds a helper of its guest, if there is another pCPU: it could never be FIFO.
+        """
         foreign = (cpu for cpu, who in self.blocked.items() if who.keys() - {uuid})
-        return cpus - CpuSet(self.owners) - CpuSet(foreign)
+        cpus = self.policy.pool(slot.pool, self.host) - CpuSet(self.owners) - CpuSet(foreign)
+        beside = self.fenced.get(uuid, NO_CPUS) if slot.threads[0].role is Role.VCPU else NO_CPUS
+        return (cpus - beside) or cpus
 
     def give(self, uuid: str, slot: _Slot, cpu: int) -> None:
         self.owners[cpu] = f"{slot.threads[0].guest}: {slot.label}"
@@ -268,7 +273,7 @@ class _Placing:
         kept = any(self.placed(thread) for slot in slots if slot not in lacking for thread in slot.threads)
         short = ""
         for slot in lacking:
-            free, former = self.free(slot.pool, guest.uuid), self.former(slot)
+            free, former = self.free(slot, guest.uuid), self.former(slot)
             if free or former:
                 self.give(guest.uuid, slot, (free or former).first())
                 kept = kept or bool(former)
