@@ -35,6 +35,7 @@ class Kind(Enum):
     POLICY_BAD = "2fc9e575c8934c39a3568f6feae1fde6"  # a policy file was refused
     LIBVIRT = "86d59941e7b44508b2479d6157009a1e"  # libvirt is there, or away
     LEDGER = "1f600e166d604bb0adbf41e2ebc6504c"  # the ledger was set aside or could not be written
+    METRICS = "ccc3409ffd174b8e9f88a7147ac43843"  # the metrics cannot be written
     DAEMON = "ce370c6a00d04f93893b2494d176c1d2"  # the daemon started or stopped
     FAULT = "dd856770284a4edda20bbd24000d97de"  # a fault in rtpind itself; the pass went on
 
