@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import Daemon, policy
+from harness import NOBODY, Daemon, policy, readable_python
 
 from demo.guests import wait_for
 
@@ -103,6 +104,27 @@ def daemon() -> Iterator[Callable[[Path], Daemon]]:
     yield start
     for one in made:
         one.close()
+
+
+def test_a_member_of_the_group_may_look_and_change_nothing(libvirtd: Start, daemon: Callable[[Path], Daemon]) -> None:
+    """The daemon's own group asks its status; only root and the daemon's user release, pause and manage."""
+    made = daemon(libvirtd())
+    wait_for(lambda: made.count("connected to libvirt") == 1, "rtpind has connected")
+    python, where = readable_python()
+
+    def as_user(uid: int, *words: str) -> subprocess.CompletedProcess[str]:
+        user = ["setpriv", f"--reuid={uid}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
+        command = [*user, python, "-m", "rtpind.ctl.main", words[0], "--state-dir", str(made.state), *words[1:]]
+        return subprocess.run(command, capture_output=True, text=True, cwd="/", env=os.environ | where, timeout=60)
+
+    assert json.loads(as_user(4242, "status", "--json").stdout)["daemon"]["pid"] == made.tid()
+    refused = as_user(4242, "pause")
+    assert (refused.returncode, "only root" in refused.stderr) == (1, True)
+    assert made.ctl("status")["daemon"]["mode"] == "enforce"
+    assert as_user(NOBODY, "pause").returncode == 0
+    assert made.ctl("status")["daemon"]["mode"] == "paused"
+    assert made.run_ctl("manage").returncode == 0  # root
+    assert made.ctl("status")["daemon"]["mode"] == "enforce"
 
 
 def test_by_default_polkit_lets_its_user_in(libvirtd: Start, daemon: Callable[[Path], Daemon]) -> None:
