@@ -70,6 +70,7 @@ class _Slot:
     label: str
     pool: str
     threads: tuple[Thread, ...]
+    alone: bool = False  # it is for a FIFO vCPU
 
 
 def place(policy: Policy, snapshot: Snapshot, memory: Memory, ledger: Ledger, clock: float = 0.0) -> Decision:
@@ -189,10 +190,10 @@ class _Placing:
 
     def block_fenced(self, placing: list[tuple[Guest, Rule, GuestClass]]) -> None:
         """Keep places of other guests off what a cpuset holds a thread to, and vCPUs off their own guest's helpers."""
-        for guest, _, _ in placing:
+        for guest, _, class_ in placing:
             for thread in guest.threads:
                 if any(refusal.affinity for refusal in self.memory.refused.get(thread.id, ())):
-                    if thread.helper:
+                    if thread.helper and class_.entries[thread.role].share_with is None:
                         self.fenced[guest.uuid] = self.fenced.get(guest.uuid, NO_CPUS) | thread.now.cpus
                     for cpu in self.narrowed(thread):
                         text = f"{guest.name}: {thread.label} (fenced)"
@@ -211,7 +212,8 @@ class _Placing:
                 own: dict[str, _Slot] = {}  # one for each vCPU, however many claim to be it
                 for thread in members:
                     label = thread.label if thread.index is not None else f"{role} tid {thread.id.tid}"
-                    own.setdefault(label, _Slot(label, entry.pool, (thread,)))
+                    fifo = role is Role.VCPU and entry.priority > 0
+                    own.setdefault(label, _Slot(label, entry.pool, (thread,), alone=fifo))
                 found += own.values()
             elif entry.exclusive is Exclusive.GUEST and members:
                 shared = self.slot_label(class_, role)
@@ -249,7 +251,7 @@ class _Placing:
         """
         foreign = (cpu for cpu, who in self.blocked.items() if who.keys() - {uuid})
         cpus = self.policy.pool(slot.pool, self.host) - CpuSet(self.owners) - CpuSet(foreign)
-        beside = self.fenced.get(uuid, NO_CPUS) if slot.threads[0].role is Role.VCPU else NO_CPUS
+        beside = self.fenced.get(uuid, NO_CPUS) if slot.alone else NO_CPUS
         return (cpus - beside) or cpus
 
     def give(self, uuid: str, slot: _Slot, cpu: int) -> None:
