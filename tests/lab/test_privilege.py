@@ -43,7 +43,9 @@ def confine(scene: Scene) -> Iterator[Confine]:
         scene.run("systemctl daemon-reload")
 
     yield add
-    scene.run(f"systemctl stop rtpind; rm -f /{DROP_IN}; systemctl daemon-reload", check=False, timeout_s=90)
+    scene.run(
+        f"systemctl stop rtpind; rm -rf $(dirname /{DROP_IN}); systemctl daemon-reload", check=False, timeout_s=90
+    )
 
 
 def placed_without_fifo(scene: Scene, guest: Guest) -> bool:
@@ -137,6 +139,29 @@ def test_a_fair_server_that_it_cannot_read_counts_as_on_and_that_is_said(scene: 
     assert scene.count("fair server's runtime cannot be read") == 1
     facts = {fact["name"]: fact["value"] for fact in scene.ctl_json("status")["host"]["facts"]}
     assert facts["fair server"].startswith("unknown")
+
+
+def test_metrics_need_no_right_in_run_and_a_drop_in_elsewhere(scene: Scene, confine: Confine) -> None:
+    """Anybody reads what it writes in its own directory; in another it says what is wrong until the unit allows it."""
+    elsewhere = "/var/lib/rtpind-metrics"
+    readable = "setpriv --reuid=nobody --regid=nogroup --clear-groups grep -q '^rtpind_last_pass_timestamp_seconds 1'"
+    scene.start(REALTIME.replace("daemon: {", "daemon: {metrics_dir: /run/rtpind, "))
+    try:
+        scene.run(f"install -d -o rtpind -g rtpind {elsewhere}")
+        scene.wait_for(
+            lambda: scene.run(f"{readable} /run/rtpind/rtpind.prom", check=False).code == 0, "metrics in /run"
+        )
+
+        scene.write_policy(REALTIME.replace("daemon: {", f"daemon: {{metrics_dir: {elsewhere}, "))
+        scene.run("systemctl reload rtpind", timeout_s=90)
+        scene.wait_for(lambda: scene.count("metrics cannot be written.*Read-only file system") == 1, "it is said")
+        scene.wait_for(lambda: scene.run("ls /run/rtpind/rtpind.prom", check=False).code != 0, "the old file is gone")
+
+        confine(f"ReadWritePaths={elsewhere}")
+        scene.run("systemctl restart rtpind", timeout_s=90)
+        scene.wait_for(lambda: scene.run(f"{readable} {elsewhere}/rtpind.prom", check=False).code == 0, "metrics there")
+    finally:
+        scene.run(f"rm -rf {elsewhere}", check=False)
 
 
 # --- what the unit does not say, and why --------------------------------------------------------------------------
