@@ -140,7 +140,8 @@ class Service:
         except Exception as error:
             self._faults += 1
             where = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"a fault in rtpind, one step was given up: {error!r} at {where.filename}:{where.lineno}"
+            told = f"{type(error).__name__}: {error}"  # of an OSError, that names the file, and repr() does not
+            text = f"a fault in rtpind, one step was given up: {told} at {where.filename}:{where.lineno}"
             self._say(Kind.FAULT, text, Level.ERROR)
 
     def _take(self, item: Item) -> None:
