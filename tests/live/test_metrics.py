@@ -35,7 +35,7 @@ def test_metrics_follow_guests_reloads_and_the_policy(lab: Lab, daemon: Make) ->
     where = made.state
     path = where / "rtpind.prom"
     made.start()
-    wait_for(lambda: placed(guest, {1}), "the guest is placed")
+    wait_for(lambda: placed(guest, {1}), "the guest is placed", 30)
     made.passes(1)
     assert not path.exists()
 
@@ -68,7 +68,7 @@ def test_a_directory_that_cannot_be_written_is_one_record(lab: Lab, daemon: Make
     guest = lab.start("dark")
     made = daemon(named(policy((guest, "dedicated")), Path("/nonexistent/metrics")))
     made.start()
-    wait_for(lambda: placed(guest, {1}), "the guest is placed")
+    wait_for(lambda: placed(guest, {1}), "the guest is placed", 30)
     wait_for(lambda: made.count("metrics cannot be written to /nonexistent/metrics/rtpind.prom") == 1, "it is said")
     made.passes(3)
     assert made.count("metrics cannot be written") == 1
