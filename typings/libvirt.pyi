@@ -12,9 +12,13 @@ VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: int
 VIR_DOMAIN_EVENT_DEFINED: int
 VIR_DOMAIN_EVENT_UNDEFINED: int
 VIR_DOMAIN_EVENT_STOPPED: int
+VIR_FROM_DBUS: int
+VIR_FROM_POLKIT: int
 
 class libvirtError(Exception):
+    def get_error_domain(self) -> int | None: ...
     def get_error_message(self) -> str | None: ...
+    def get_int1(self) -> int | None: ...
 
 class virDomain:
     def name(self) -> str: ...

@@ -11,6 +11,7 @@ from rtpind.core import plan as planning
 from rtpind.core.audit import Kind, Level, Outcome, Record, Result, guest_fields, of_outcome
 from rtpind.core.learn import learn
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off, Process
+from rtpind.core.measures import Tally
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest, Snapshot, Thread
 from rtpind.core.notices import fight, standing
@@ -54,6 +55,7 @@ class Reconciler:
         self.domains: dict[str, str] = {}  # UUID → name
         self.memory = Memory()
         self.ledger = Ledger()
+        self.tally = Tally()
         self._unwritable = ""  # why the ledger could not be written, as last said
 
     def open_ledger(self) -> None:
@@ -111,7 +113,9 @@ class Reconciler:
             if record is not None and outcome.result is not Result.BLOCKED:  # that stands: see _say
                 self.emit(record)
 
-        return apply(plan, snapshot, self.kernel, say)
+        outcomes = apply(plan, snapshot, self.kernel, say)
+        self.tally = self.tally.plus(outcomes)
+        return outcomes
 
     def _record(self, view: View) -> bool:
         """Write down what threads have before they are touched (promise 8); without that nothing is touched.

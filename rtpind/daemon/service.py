@@ -14,20 +14,22 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rtpind.core.audit import Kind, Level, Record
 from rtpind.core.ledger import EVERYONE
+from rtpind.core.measures import Measures, by_verdict
 from rtpind.core.policy import HOUSEKEEPING, Policy
 from rtpind.daemon import commands, policysource
+from rtpind.daemon.house import Housekeeper
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
-from rtpind.host import sched
 from rtpind.host.control import Answer, ControlServer
 from rtpind.host.hypervisor import Changed, Domain, Hypervisor, Listed, Lost
 from rtpind.host.journal import notify, watchdog_s
+from rtpind.host.metrics import MetricsFile, Unwritten
 from rtpind.host.pidfile import pid_of
 
 #: Looks after an event: threads that begin late (nx-recovery at the first KVM_RUN, vhost, workers).
@@ -54,16 +56,23 @@ class Asked:
     given_up: threading.Event = field(default_factory=threading.Event)
 
 
+Item = Signalled | Asked | Listed | Changed | Lost | Unwritten
+
+
 class Service:
     """One run of the daemon."""
 
     def __init__(self, reconciler: Reconciler, policy_path: Path) -> None:
         self._reconciler = reconciler
         self._path = policy_path
-        self._inbox: Inbox[Signalled | Asked | Listed | Changed | Lost] = Inbox()
+        self._inbox: Inbox[Item] = Inbox()
         self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
+        self._house = Housekeeper(lambda: reconciler.observer.proc.tids(os.getpid()), reconciler.emit)
         self._hypervisor: Hypervisor | None = None
+        self._metrics: MetricsFile | None = None
+        self._measures = Measures()
         self._libvirt = "connecting"
+        self._lost = ""  # why libvirt is away, as last said
         self._stopping = False
         self._full_due = 0.0
         self._status = ""
@@ -74,7 +83,9 @@ class Service:
 
     # --- from other threads: only post -----------------------------------------------------------------------
 
-    def _answer_from_thread(self, request: Answer) -> Answer:
+    def _answer_from_thread(self, request: Answer, trusted: bool) -> Answer:
+        if not trusted and request.get("do") not in commands.LOOKS:
+            return {"error": "only root and the daemon's own user may change something"}
         asked = Asked(request)
         self._inbox.post(asked)
         try:
@@ -93,6 +104,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         self._adopt(policy)
+        self._publish()
         self._hypervisor = Hypervisor(policy.uri, self._inbox.post)
         self._hypervisor.start()
         self._control.start()
@@ -111,7 +123,7 @@ class Service:
         self._hypervisor.stop()
         return 0
 
-    def _turn(self, items: list[Signalled | Asked | Listed | Changed | Lost]) -> None:
+    def _turn(self, items: list[Item]) -> None:
         """Take what was posted, then do the passes that are due."""
         for item in items:
             self._survive(self._take, item)
@@ -121,17 +133,18 @@ class Service:
         elif due and self._listed_once:  # else the other guests are not known, and their pCPUs would be given out
             self._survive(self._pass, due)
 
-    def _survive(self, do: Callable[..., None], *what: object) -> None:
+    def _survive(self, do: Callable[..., object], *what: object) -> None:
         """Do one thing. The one place where a fault is caught: guests stay managed whatever one thing trips over."""
         try:
             do(*what)
         except Exception as error:
             self._faults += 1
             where = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"a fault in rtpind, one step was given up: {error!r} at {where.filename}:{where.lineno}"
+            told = f"{type(error).__name__}: {error}"  # of an OSError, that names the file, and repr() does not
+            text = f"a fault in rtpind, one step was given up: {told} at {where.filename}:{where.lineno}"
             self._say(Kind.FAULT, text, Level.ERROR)
 
-    def _take(self, item: Signalled | Asked | Listed | Changed | Lost) -> None:
+    def _take(self, item: Item) -> None:
         match item:
             case Signalled(number):
                 if number == signal.SIGHUP:
@@ -146,7 +159,8 @@ class Service:
                     if self._listed_once:
                         answer = commands.answer(request, self._reconciler, self._about())
                     else:
-                        answer = {"error": "libvirt has not answered yet: rtpind does not know which guests run"}
+                        why = f" ({self._lost})" if self._lost else ""
+                        answer = {"error": f"libvirt has not answered yet{why}: rtpind does not know which guests run"}
                 finally:
                     reply.put(answer)
                 if request.get("do") not in commands.LOOKS:
@@ -155,11 +169,16 @@ class Service:
                 self._listed(domains, fresh)
             case Changed(domain, what):
                 self._changed(domain, what)
-            case Lost(why):
+            case Lost(why, cure):
                 self._libvirt = "away"
-                text = f"libvirt is away ({why}); the guests known are kept in place, and it is tried again"
+                self._lost = cure or why
+                text = f"libvirt is away ({why}{'; ' if cure else ''}{cure}); "
+                text += "the guests known are kept in place, and it is tried again"
                 self._say(Kind.LIBVIRT, text, Level.WARNING)
                 self._tell()
+            case Unwritten(path, why):
+                text = f"the metrics cannot be written to {path}: {why}; guests are managed all the same"
+                self._say(Kind.METRICS, text, Level.WARNING)
 
     def _full(self) -> None:
         """Look at everything, and have libvirt asked who runs: the net under all events."""
@@ -168,10 +187,13 @@ class Service:
         if self._libvirt == "connected":
             self._hypervisor.relist()
         if self._listed_once:  # before that there is nothing to look at, and nothing to forget
-            self._pass(None)
+            began = time.monotonic()
+            view = self._pass(None)
+            self._measure(view, time.monotonic() - began)
+            self._house.keep(self._policy().pool(HOUSEKEEPING, view.snapshot.host))
             self._passes += 1
 
-    def _pass(self, only: set[str] | None) -> None:
+    def _pass(self, only: set[str] | None) -> View:
         view = self._reconciler.run(only)
         for guest in view.snapshot.guests:
             if guest.uuid not in view.plan.again:
@@ -182,6 +204,7 @@ class Service:
             if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:
                 self._inbox.look_in(_AGAIN_S, guest.uuid)
         self._tell(view)
+        return view
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -228,16 +251,14 @@ class Service:
             self._adopt(policy)
             self._say(Kind.POLICY, f"{self._path} read again, {self._mode()}", Level.NOTICE)
             self._full_due = 0.0
+        self._measures = replace(self._measures, loaded=policy is not None)
+        self._publish()
         notify(READY="1")
 
     def _adopt(self, policy: Policy) -> None:
         self._reconciler.policy = policy
-        host = self._reconciler.observer.host()
-        own = policy.pool(HOUSEKEEPING, host)
-        if own:
-            for thread in threading.enumerate():
-                if thread.native_id is not None and os.sched_getaffinity(thread.native_id) != set(own):
-                    sched.set_affinity(thread.native_id, own)
+        self._measures = replace(self._measures, policy=str(self._path), loaded_at=time.time())
+        self._house.keep(policy.pool(HOUSEKEEPING, self._reconciler.observer.host()))
 
     def _about(self) -> Mapping[str, Any]:
         return {
@@ -248,6 +269,28 @@ class Service:
             "passes": self._passes,
             "faults": self._faults,
         }
+
+    # --- metrics ----------------------------------------------------------------------------------------------
+
+    def _measure(self, view: View, took_s: float) -> None:
+        """Take the measures of a full pass, if anybody wants them."""
+        if self._metrics is None:
+            return
+        threads = by_verdict(view.decision, self._reconciler.memory, view.snapshot)
+        self._measures = replace(self._measures, threads=threads, passed_at=time.time(), pass_s=took_s)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Have the measures written where the policy in force says; withdraw the file where it says so no more."""
+        wanted = Path(self._policy().metrics_dir) if self._policy().metrics_dir else None
+        if self._metrics is not None and wanted != self._metrics.path.parent:
+            self._metrics.withdraw()
+            self._metrics = None
+        if wanted is not None and self._metrics is None:
+            self._metrics = MetricsFile(wanted, self._inbox.post)
+            self._metrics.start()
+        if self._metrics is not None:
+            self._metrics.write(replace(self._measures, tally=self._reconciler.tally, mode=self._mode()))
 
     # --- telling ----------------------------------------------------------------------------------------------
 
