@@ -102,14 +102,6 @@ class Guest:
         """Return all its other threads."""
         return [thread for thread in self.threads() if not thread.vcpu]
 
-    def booted(self) -> bool:
-        """Whether it runs its boot sector, and the QEMU worker that read it has ended.
-
-        Such a worker is born on the pCPU of the vCPU that asked for it.
-        """
-        registers = self.host.run(f"virsh -q qemu-monitor-command --hmp {self.name} 'info registers'").out
-        return bool(re.search(r"IP=0+7c", registers)) and "worker" not in {thread.comm for thread in self.threads()}
-
     def virsh(self, words: str, *, check: bool = True) -> Done:
         """Run virsh; ``{}`` in ``words`` stands for the guest's name."""
         return self.host.run(f"virsh -q {words.format(self.name)}", check=check)
