@@ -171,7 +171,7 @@ class LabHost:
             raise LabError(f"{text}: {done}")
         return done
 
-    def call(self, function: str, timeout_s: float = 90.0, **arguments: Any) -> Any:
+    def call(self, function: str, timeout_s: float = 300.0, **arguments: Any) -> Any:
         """Call a function of :mod:`lab.inside` on the lab host."""
         text = f"{function} {arguments}"
         return self._ask(text, timeout_s, op="call", function=function, arguments=arguments)[0]["result"]

@@ -14,6 +14,7 @@ from lab.scene import FIFO_RESET, OTHER, Guest, Scene, Thread, policy, violation
 pytestmark = pytest.mark.lab("bookworm-rt")
 
 TRACE = "/var/tmp/rtpind.trace"
+PROMOTED = r"\): other → fifo:1"
 _AFFINITY = re.compile(r"sched_setaffinity\((\d+), \d+, \[([\d ]*)\]\) += 0")
 _SCHEDULER = re.compile(r"sched_setscheduler\((\d+), (\w+)(\|SCHED_RESET_ON_FORK)?, \[(\d+)\]\) += 0")
 
@@ -69,7 +70,7 @@ def test_any_prefix_of_the_steps_is_safe(scene: Scene) -> None:
 
 def traced(scene: Scene, text: str, arrived: Callable[[], bool]) -> list[Call]:
     """Reload with a policy and return the calls on guests' threads that the daemon made until all had arrived."""
-    pid = scene.pid()
+    pid, said = scene.pid(), scene.count(PROMOTED)
     watched = "trace=sched_setaffinity,sched_setscheduler,sched_setattr"
     scene.run(f"rm -f {TRACE}; setsid strace -qq -e {watched} -o {TRACE} -p {pid} >/dev/null 2>&1 </dev/null &")
     try:
@@ -78,7 +79,8 @@ def traced(scene: Scene, text: str, arrived: Callable[[], bool]) -> list[Call]:
         scene.write_policy(text)
         scene.run("systemctl reload rtpind")
         scene.wait_for(arrived, "every thread is on its place")
-        scene.status()  # the daemon goes on only after strace has seen the end of its last call
+        # The daemon goes on, and writes this, only after strace has seen the end of its call.
+        scene.wait_for(lambda: scene.count(PROMOTED) >= said + 2, "both vCPUs' FIFO is on record")
     finally:
         scene.run("pkill -x strace")
         scene.wait_for(lambda: scene.run("pgrep -x strace", check=False).code != 0, "the trace is written")
