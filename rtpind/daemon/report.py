@@ -21,7 +21,7 @@ def facts(host: Host, policy: Policy | None, others: Mapping[str, str]) -> list[
     """Return the eight host facts of the status header: name, value, and a warning where there is one."""
     helpers, exclusive = _pools(host, policy)
     inside = helpers & host.isolated
-    mixed = [cpu for cpu in exclusive if (host.siblings or {}).get(cpu, CpuSet()) & helpers]
+    mixed = [cpu for cpu in exclusive if host.topology.siblings(cpu) & helpers]
     throttled = host.throttles is not False and host.rt_runtime_us not in (None, -1)
     unread = host.throttles is not False and host.rt_runtime_us is None
     if host.fair_server is None:
