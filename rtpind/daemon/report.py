@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.decision import Decision, GuestDecision
 from rtpind.core.memory import Memory, Wanted
 from rtpind.core.model import Guest, Host, Snapshot, Thread
-from rtpind.core.placement import Decision, GuestDecision
 from rtpind.core.plan import Plan
 from rtpind.core.policy import HOUSEKEEPING, Policy, Rule, pool_cpus
 from rtpind.core.verdict import Verdict, hazards, judge
@@ -62,7 +62,7 @@ def _pools(host: Host, policy: Policy | None) -> tuple[CpuSet, CpuSet]:
         return host.online - host.isolated, host.isolated
     floats, owned = pool_cpus(policy.pools, HOUSEKEEPING, host), CpuSet()
     for class_ in policy.classes.values():
-        for entry in class_.entries.values():
+        for _, entry in class_.every():
             if entry.exclusive:
                 owned |= policy.pool(entry.pool, host)
             else:
@@ -145,7 +145,7 @@ def not_ok(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the managed threads of a status document that are not ``ok``, with their guest's name."""
     found = []
     for guest in document["guests"]:
-        managed = guest["state"] in ("placed", "degraded", "left")
+        managed = guest["state"] in ("placed", "crowded", "degraded", "left", "refused")
         found += [
             {"guest": guest["name"], **thread}
             for thread in guest["threads"]
@@ -188,7 +188,7 @@ def explain(guest: GuestDecision, decision: Decision, policy: Policy, snapshot: 
         str(cpu): names.get(owner.partition(": ")[0], "?") + ": " + owner.partition(": ")[2]
         for cpu, owner in decision.owners.items()
     }
-    pools = sorted({entry.pool for entry in class_.entries.values()}) if class_ else []
+    pools = sorted({entry.pool for _, entry in class_.every()}) if class_ else []
     return {
         "version": VERSION,
         **_guest(guest.guest, guest),

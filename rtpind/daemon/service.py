@@ -268,7 +268,7 @@ class Service:
         """Keep systemctl's status line true; says nothing when it has not changed."""
         if view is not None:
             managed = sum(guest.state.managed for guest in view.decision.guests)
-            unplaced = sum(str(guest.state) in ("degraded", "left") for guest in view.decision.guests)
+            unplaced = sum(str(guest.state) in ("degraded", "left", "refused") for guest in view.decision.guests)
             wanted = sum(len(guest.wanted) for guest in view.decision.guests)
             self._counts = f"{managed} of {len(view.decision.guests)} guests managed, {wanted} threads"
             self._counts += f", {unplaced} without room" if unplaced else ""

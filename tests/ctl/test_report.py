@@ -88,7 +88,7 @@ def test_a_fact_is_said_with_its_danger(name, facts, value, warned):
 def test_the_facts_look_at_the_policys_pools(helpers, name, value, warned):
     """With a policy it is its pools that count: where helpers float, and what lies beside what is given out."""
     host = {"topology": Topology(cores={4: CpuSet([0, 4]), 7: CpuSet([3, 7])})}
-    policy = factories.policy(POOLS.replace("HELPERS", helpers))
+    policy = factories.policy(POOLS.replace("HELPERS", helpers), on=factories.host(isolated="4-7"))
 
     assert fact(name, policy, **host) == (value, warned)
 

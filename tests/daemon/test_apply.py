@@ -19,7 +19,6 @@ from rtpind.core.memory import Memory
 from rtpind.core.model import OTHER, Guest, Kind, Limits, Placement, Role, Sched, Scheduling, Thread, ThreadId
 from rtpind.core.placement import place
 from rtpind.core.plan import Phase, Plan, Reason, Step, make
-from rtpind.core.policy import Drift
 from rtpind.daemon.apply import RealKernel, apply, pretend
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.proc import Proc
@@ -67,7 +66,7 @@ def test_a_whole_plan_ends_with_every_thread_in_place() -> None:
     memory = Memory(right_since={(PID, START): 0.0})
     for _ in range(2):
         seen = world.snapshot()
-        plan = make(place(policy(), seen, memory, Ledger()), seen, memory, Drift.REPAIR)
+        plan = make(place(policy(), seen, memory, Ledger()), seen, memory)
         outcomes = carried_out(world, *plan.steps)
 
     assert {tid: (str(now.cpus), str(now.scheduling)) for tid, now in world.where().items()} == {

@@ -316,8 +316,8 @@ def test_a_fight_is_paused_for_longer_each_time_without_fifo_off_its_place(daemo
 def test_what_the_kernel_refuses_is_asked_and_said_once_until_something_changes(daemon: Daemon) -> None:
     """A fence and a missing budget; and a fence that widens, or a host that throttles otherwise."""
     world = daemon.world
-    world.put(VCPU, cpus=cpus("4-5"))
-    world.tasks[VCPU].fence = cpus("4-5")
+    world.put(VCPU, cpus=cpus("0-1"))
+    world.tasks[VCPU].fence = cpus("0-1")
     world.tasks[SIBLING].budget = False
     daemon.settle()
     calls = daemon.calls()
@@ -325,10 +325,10 @@ def test_what_the_kernel_refuses_is_asked_and_said_once_until_something_changes(
 
     assert daemon.calls() == calls
     assert len(daemon.said(Kind.REFUSED)) == 2
-    assert world.where()[VCPU] == Placement(cpus("4-5"))
+    assert world.where()[VCPU] == Placement(cpus("0-1"))
     assert world.where()[SIBLING] == Placement(cpus("3"))
 
-    world.tasks[VCPU].fence = cpus("2-5")
+    world.tasks[VCPU].fence = cpus("0-2")
     daemon.run()
 
     assert world.where()[VCPU].cpus == cpus("2")
@@ -342,6 +342,17 @@ def test_what_the_kernel_refuses_is_asked_and_said_once_until_something_changes(
     daemon.settle()
 
     assert world.where() == PLACED
+
+
+def test_a_vcpu_is_placed_inside_the_cpuset_that_fences_it_in(daemon: Daemon) -> None:
+    """Refused a pCPU outside its fence, it gets one of the pool inside, at FIFO."""
+    world = daemon.world
+    world.put(VCPU, cpus=cpus("4-5"))
+    world.tasks[VCPU].fence = cpus("4-5")
+    daemon.settle()
+
+    assert world.where()[VCPU] == Placement(cpus("4"), fifo())
+    assert world.where()[SIBLING].cpus == cpus("3")
 
 
 def test_a_step_that_the_law_forbids_is_said_once(daemon: Daemon) -> None:
