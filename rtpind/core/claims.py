@@ -27,6 +27,7 @@ class Claims:
         self._own_blocks: dict[str, CpuSet] = {}
         self._foreign = NO_CPUS  # every blocked pCPU
         self.owners: dict[int, str] = {}  # pCPU → ``UUID: vcpu 0``
+        self.had: dict[int, str] = {}  # pCPU → UUID, of places given before that are still to be asked for
         self.taken = NO_CPUS  # all that is given out, and the siblings kept idle
 
     def give(self, cpu: int, uuid: str, label: str, siblings: Siblings) -> None:
@@ -80,6 +81,7 @@ class Claims:
         return all(
             not (self._blocked.get(cpu, {}).keys() - {uuid})
             and self._holder.get(cpu, uuid) == uuid
-            and not (siblings is Siblings.IDLE and cpu in self.owners)
+            and self.had.get(cpu, uuid) == uuid
+            and not (siblings is Siblings.IDLE and (cpu in self.owners or cpu in self.had))
             for cpu in beside
         )

@@ -145,6 +145,8 @@ class _Placing:
             if priority or len(cpus) == 1:
                 for cpu in cpus - self.claims.taken:
                     self.claims.give(cpu, guest.uuid, thread.label, Siblings.IGNORE)
+            else:
+                self.claims.block(cpus, guest.uuid, f"{guest.name}: {thread.label} (<cputune>)")
             why = f"its <cputune> shares pCPU {clash} with another" if clash else ""
             self.pinned[thread.id] = self.at(cpus, priority, item.class_, why, exclusive=len(cpus) == 1 and not clash)
 

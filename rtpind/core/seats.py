@@ -6,6 +6,8 @@ What is kept is asked before what is new, and a guest gets all that it lacks or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rtpind.core.allocate import choose
 from rtpind.core.claims import NOBODY, Claims
 from rtpind.core.cpuset import NO_CPUS, CpuSet
@@ -43,12 +45,16 @@ class Seats:
 
         Those that are all that their pool asks for come first, then those whose siblings are not.
         """
+        slots = [(item, slot) for item in items for slot in item.slots]
+        for item, slot in slots:
+            for cpu in self._former(slot):
+                self._claims.had[cpu] = item.guest.uuid
         for strict in (True, False):
             for remembered in (True, False):
-                for item in items:
-                    for slot in item.slots:
-                        if (item.guest.uuid, slot.label) not in self._given:
-                            self._keep_slot(item, slot, strict=strict, remembered=remembered)
+                for item, slot in slots:
+                    if not self._has(item, slot):
+                        self._keep_slot(item, slot, strict=strict, remembered=remembered)
+        self._claims.had.clear()
 
     def uncrowd(self, items: list[Item]) -> None:
         """Give guests whose siblings are in use a core of their own, now that there may be room."""
@@ -56,10 +62,18 @@ class Seats:
             if not any((item.guest.uuid, slot.label) in self._crowded for slot in item.slots):
                 continue
             had = self._take_back(item)
-            if self._fill(item, strict=True):
+            if self._try(item) or self.crowding(item):  # half a step forward is only a move
                 self._take_back(item)
-                for slot, (cpu, strict) in had.items():
-                    self._give(item, slot, cpu, strict=strict)
+                self._give_all(item, had)
+
+    def _try(self, item: Item) -> str:
+        """Give a guest all that it lacks, its siblings as the pools want them, or nothing. Return why not."""
+        had = {slot: place for slot in item.slots if (place := self._place(item, slot)) is not None}
+        short = self._fill(item, strict=True)
+        if short and self._inputs.degrades(item.class_):
+            self._take_back(item)
+            self._give_all(item, had)
+        return short
 
     def fit(self, item: Item) -> str:
         """Give a guest the places it lacks: all of them, or (but for one placed before) none. Return why not."""
@@ -70,7 +84,7 @@ class Seats:
         )  # then a thread plugged into the guest takes no place from the others
         short = unshared(item)
         if not short:
-            short = self._fill(item, strict=True)
+            short = self._try(item)
             if short and self._inputs.degrades(item.class_):
                 short = self._fill(item, strict=False)
         if short and not kept:
@@ -116,17 +130,23 @@ class Seats:
         self._claims.give(cpu, item.guest.uuid, slot.label, siblings)
         self._given[key] = cpu
 
+    def _place(self, item: Item, slot: Slot) -> tuple[int, bool] | None:
+        """Return the pCPU of a slot, and whether its siblings are as its pool wants them."""
+        cpu = self.cpu(item, slot)
+        return None if cpu is None else (cpu, (item.guest.uuid, slot.label) not in self._crowded)
+
     def _take_back(self, item: Item) -> dict[Slot, tuple[int, bool]]:
-        """Take a guest's places back; return them, and whether each was as its pool wants it."""
-        had: dict[Slot, tuple[int, bool]] = {}
-        for slot in item.slots:
-            key = (item.guest.uuid, slot.label)
-            cpu = self._given.pop(key, None)
-            if cpu is not None:
-                had[slot] = (cpu, key not in self._crowded)
-            self._crowded.discard(key)
+        """Take a guest's places back; return them."""
+        had = {slot: place for slot in item.slots if (place := self._place(item, slot)) is not None}
+        for slot in had:
+            del self._given[(item.guest.uuid, slot.label)]
+            self._crowded.discard((item.guest.uuid, slot.label))
         self._claims.take_back(item.guest.uuid)
         return had
+
+    def _give_all(self, item: Item, places: Mapping[Slot, tuple[int, bool]]) -> None:
+        for slot, (cpu, strict) in places.items():
+            self._give(item, slot, cpu, strict=strict)
 
     def _has(self, item: Item, slot: Slot) -> bool:
         return (item.guest.uuid, slot.label) in self._given

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtpind.core.document import Problem
+from rtpind.core.model import Host
 from rtpind.core.policy import Policy
 from rtpind.daemon import policysource
 from rtpind.daemon.observe import Observer
@@ -27,6 +28,10 @@ class Looked:
     policy: Policy | None
     problems: tuple[Problem, ...]
     view: View | None
+
+    def host(self) -> Host:
+        """Return the host's facts, with or without a policy."""
+        return self.view.snapshot.host if self.view is not None else self.reconciler.observer.host()
 
 
 def running(observer: Observer, uri: str = URI) -> dict[str, str]:

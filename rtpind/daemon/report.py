@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rtpind.core.capacity import Row
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.decision import Decision, GuestDecision
 from rtpind.core.memory import Memory, Wanted
@@ -176,6 +177,43 @@ def plan(plan: Plan, snapshot: Snapshot, decision: Decision) -> dict[str, Any]:
             for step in plan.steps
         ],
         "guests": [_guest(guest.guest, guest) for guest in decision.guests],
+    }
+
+
+def capacity(rows: Iterable[Row]) -> dict[str, Any]:
+    """Return the document of ``rtpinctl capacity``: a row for each class and number of vCPUs."""
+    return {
+        "version": VERSION,
+        "rows": [
+            {
+                "class": row.class_name,
+                "vcpus": row.vcpus,
+                "guests": row.guests,
+                "realtime_vcpus": row.realtime_vcpus,
+                "limited_by": row.limited_by,
+            }
+            for row in rows
+        ],
+    }
+
+
+def one_more(guest: Guest, decision: Decision) -> dict[str, Any]:
+    """Return the document of ``rtpinctl plan --guest-shape``: where the threads of one more guest would go."""
+    found = next(each for each in decision.guests if each.guest.uuid == guest.uuid)
+    threads = [
+        {
+            key: value
+            for key, value in _thread(thread, found.wanted.get(thread.id)).items()
+            if key in ("role", "index", "wanted_cpus", "wanted_scheduling")
+        }
+        for thread in sorted(guest.threads, key=_display)
+    ]
+    return {
+        "version": VERSION,
+        "class": found.class_name,
+        "state": str(found.state),
+        "reason": found.reason,
+        "threads": threads,
     }
 
 
