@@ -74,7 +74,9 @@ def policies(on: Host) -> Iterator[tuple[str, Policy]]:
 
 def violations(policy: Policy, after: Snapshot, decision: Decision) -> Iterator[str]:
     """Yield what breaks promises 1 and 7 once a decision is carried out."""
-    threads = [thread for each in after.guests for thread in each.threads]
+    # Of a guest that is left as it is no thread may be moved: it is reported as an intruder.
+    managed = {each.guest.uuid for each in decision.guests if each.state.managed}
+    threads = [thread for each in after.guests for thread in each.threads if each.uuid in managed]
     for vcpu in threads:
         if vcpu.helper or not vcpu.now.scheduling.realtime:
             continue
