@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from rtpind.core.identify import identify
+from rtpind.core.ledger import Process
 from rtpind.core.memory import Memory
-from rtpind.core.model import Guest, Host, Snapshot
+from rtpind.core.model import Guest, Host, Snapshot, Traits
 from rtpind.host import pidfile
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.proc import Proc
@@ -29,6 +30,7 @@ class Observer:
         self.facts = HostFacts(self.cgroups, self.proc, root)
         self._run_dir = run_dir
         self._last: dict[str, Guest] = {}
+        self._traits: dict[str, tuple[Process, Traits]] = {}
         self._scanned = float("-inf")
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
@@ -47,8 +49,26 @@ class Observer:
             if guest is not None:
                 found[uuid] = guest
         self._last = found
+        self._traits = {uuid: entry for uuid, entry in self._traits.items() if uuid in domains}
         guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
         return Snapshot(host=self.facts.read(), guests=guests, time=time.monotonic())
+
+    def process_of(self, name: str) -> Process | None:
+        """Return which process the guest ``name`` is now; None when it does not run."""
+        pid = pidfile.pid_of(name, self._run_dir)
+        try:
+            return None if pid is None else (pid, self.proc.stat(pid).start)
+        except OSError:
+            return None
+
+    def describe(self, uuid: str, process: Process, traits: Traits) -> bool:
+        """Take what libvirt tells of a guest while it is that process; return whether it is news.
+
+        Only for that process: the next one of the same UUID may be started from another definition.
+        """
+        news = self._traits.get(uuid) != (process, traits)
+        self._traits[uuid] = (process, traits)
+        return news
 
     def host(self) -> Host:
         """Return the host's facts alone."""
@@ -69,6 +89,9 @@ class Observer:
             incumbents=memory.incumbents,
             doubtful=memory.doubtful,
         )
+        described = self._traits.get(uuid)
+        if described is not None and described[0] == guest.process:
+            guest = replace(guest, traits=described[1])
         if not any(thread.id in memory.refused for thread in guest.threads):
             return guest
         threads = tuple(

@@ -12,7 +12,7 @@ from trees import V2, make_tree, process, stat_line, until
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.memory import Memory, Refusal, Wanted
-from rtpind.core.model import Kind, Role
+from rtpind.core.model import Kind, Role, Traits
 from rtpind.daemon.observe import Observer
 
 HOST = {
@@ -213,6 +213,44 @@ def test_the_memory_decides_who_is_who(tmp_path, hold, tids):
         tids[0]: "vcpu 0",
         tids[1]: "emulator",
     }
+
+
+def test_traits_are_of_the_process_that_they_were_told_of(tmp_path, hold, tids):
+    """They stay until the guest is another process, or no domain any more; another guest has none of them."""
+    first, other = hold("a"), hold("b")
+    made = observer(tmp_path, **guest(first.pid, {}), **guest(other.pid, {}))
+    domains = {"u1": "a", "u2": "b"}
+    traits = Traits(flavor="rt")
+
+    def seen(**more):
+        return [one.traits for one in made.look(domains, Memory(), **more).guests]
+
+    assert seen() == [None, None]
+    assert made.process_of("a") == (first.pid, 500)
+    assert made.describe("u1", (first.pid, 500), traits)
+    assert not made.describe("u1", (first.pid, 500), traits)
+    assert made.describe("u2", (other.pid, 499), traits)
+    assert seen(only={"u2"}) == [None, None]
+    assert seen(only={"u1"}) == [traits, None]
+    assert seen() == [traits, None]
+
+    make_tree(tmp_path, {f"proc/{first.pid}/stat": stat_line(first.pid, start=501)})
+    assert made.process_of("a") == (first.pid, 501)
+    assert seen() == [None, None]
+
+    make_tree(tmp_path, {f"proc/{first.pid}/stat": stat_line(first.pid, start=500)})
+    assert seen() == [traits, None]
+    made.look({"u2": "b"}, Memory())
+    assert seen() == [None, None]
+
+
+def test_who_does_not_run_is_no_process(tmp_path, hold):
+    """No pid file, or one whose holder is gone from /proc."""
+    hold("vanished")
+    made = observer(tmp_path)
+
+    assert made.process_of("none") is None
+    assert made.process_of("vanished") is None
 
 
 @pytest.fixture
