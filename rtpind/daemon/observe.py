@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from rtpind.core.cpuset import NO_CPUS, CpuSet
 from rtpind.core.identify import identify
 from rtpind.core.ledger import Process
 from rtpind.core.memory import Memory
@@ -39,6 +40,7 @@ class Observer:
         if only is None or time.monotonic() - self._scanned >= _SCAN_APART_S:
             self._scanned = time.monotonic()
             self.proc.kernel_threads.scan()
+        host = self.facts.read()
         uptime = self.proc.uptime()
         found: dict[str, Guest] = {}
         for uuid, name in domains.items():
@@ -46,12 +48,14 @@ class Observer:
                 guest = self._last.get(uuid)
             else:
                 guest = self._guest(uuid, name, memory, uptime)
+                if guest is not None and len(host.topology.nodes) > 1:
+                    guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
             if guest is not None:
                 found[uuid] = guest
         self._last = found
         self._traits = {uuid: entry for uuid, entry in self._traits.items() if uuid in domains}
         guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
-        return Snapshot(host=self.facts.read(), guests=guests, time=time.monotonic())
+        return Snapshot(host=host, guests=guests, time=time.monotonic())
 
     def process_of(self, name: str) -> Process | None:
         """Return which process the guest ``name`` is now; None when it does not run."""
@@ -74,6 +78,16 @@ class Observer:
         """Return the host's facts alone."""
         self.proc.kernel_threads.scan()
         return self.facts.read()
+
+    def _nodes(self, guest: Guest, *, anew: bool) -> CpuSet:
+        """Return the NUMA nodes of a guest's memory. Read in looks at everything: the quick ones have no time for it.
+
+        Where the guest has huge pages nothing is known: its cgroup counts only the rest, which is QEMU's own.
+        """
+        if not anew:
+            last = self._last.get(guest.uuid)
+            return last.nodes if last is not None and last.process == guest.process else NO_CPUS
+        return NO_CPUS if self.proc.has_hugetlb(guest.pid) else self.cgroups.nodes(guest.pid)
 
     def _guest(self, uuid: str, name: str, memory: Memory, uptime: float) -> Guest | None:
         pid = pidfile.pid_of(name, self._run_dir)

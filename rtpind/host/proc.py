@@ -7,6 +7,7 @@ Everything here works for a user without privileges (stat, comm, cgroup and cmdl
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,14 @@ class Proc:
                 return [part.decode("utf-8", "replace") for part in file.read().split(b"\0")]
         except OSError:
             return []
+
+    def has_hugetlb(self, pid: int) -> bool:
+        """Return whether a process has pages of hugetlbfs (``HugetlbPages`` of status)."""
+        try:
+            with open(f"{self._proc}/{pid}/status", "rb") as file:
+                return re.search(rb"^HugetlbPages:\s*[1-9]", file.read(), re.MULTILINE) is not None
+        except OSError:
+            return False
 
     def uptime(self) -> float:
         """Return seconds since boot."""

@@ -244,6 +244,36 @@ def test_traits_are_of_the_process_that_they_were_told_of(tmp_path, hold, tids):
     assert seen() == [None, None]
 
 
+def test_the_nodes_of_memory_are_read_at_looks_at_everything(tmp_path, hold, tids):
+    """Quick looks take them as they were, of the same process; huge pages, and a host with one node, tell nothing."""
+    first, huge = hold("a"), hold("b")
+    two = {f"sys/devices/system/node/node{node}/cpulist": f"{node}\n" for node in (0, 1)}
+    two["sys/devices/system/node/online"] = "0-1\n"
+    where = "sys/fs/cgroup/{}.scope/libvirt/memory.numa_stat"
+    files = guest(first.pid, {}, "/a.scope/libvirt") | guest(huge.pid, {}, "/b.scope/libvirt")
+    files |= {where.format(name): f"anon N0=0 N1={2**30}\n" for name in "ab"}
+    files[f"proc/{huge.pid}/status"] = "Name:\tx\nHugetlbPages:\t 1048576 kB\n"
+    files[f"proc/{first.pid}/status"] = "Name:\tx\nHugetlbPages:\t       0 kB\n"
+    domains = {"u1": "a", "u2": "b"}
+    made = observer(tmp_path, **files, **two)
+
+    def seen(**more):
+        return [str(one.nodes) for one in made.look(domains, Memory(), **more).guests]
+
+    assert seen(only={"u1", "u2"}) == ["", ""]
+    assert seen() == ["1", ""]
+    make_tree(tmp_path, {where.format("a"): f"anon N0={2**30} N1=0\n"})
+    assert seen(only={"u1"}) == ["1", ""]
+    assert seen() == ["0", ""]
+
+    make_tree(tmp_path, {f"proc/{first.pid}/stat": stat_line(first.pid, start=501)})
+    assert seen(only={"u1"}) == ["", ""]
+
+    (tmp_path / "sys/devices/system/node/online").write_text("0\n")
+    one_node = Observer(tmp_path, tmp_path / "run")
+    assert [str(one.nodes) for one in one_node.look(domains, Memory()).guests] == ["", ""]
+
+
 def test_who_does_not_run_is_no_process(tmp_path, hold):
     """No pid file, or one whose holder is gone from /proc."""
     hold("vanished")
