@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,8 @@ _POLICIES = {
     7: Sched.EXT,
 }
 
-_TICKS = os.sysconf("SC_CLK_TCK")
+#: Of start times, in a second.
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,10 @@ class Proc:
         reset = bool(self._scheduler(tid) & RESET_ON_FORK)
         scheduling = Scheduling(_POLICIES.get(stat.policy, Sched.OTHER), stat.priority, reset)
         return Placement(CpuSet(self._affinity(tid)), scheduling)
+
+    def affinity(self, tid: int) -> Collection[int]:
+        """Return the pCPUs that a thread may run on. Raises OSError when it is gone."""
+        return set(self._affinity(tid))
 
     def pids(self) -> list[int]:
         """Return every process id."""
@@ -177,7 +182,7 @@ class Proc:
             cgroup=groups.path,
             movable=not stat.flags & _PF_NO_SETAFFINITY,
             worker=bool(stat.flags & (_PF_KTHREAD | _PF_USER_WORKER)),
-            age_s=uptime - stat.start / _TICKS,
+            age_s=uptime - stat.start / TICKS,
         )
 
 
@@ -211,6 +216,10 @@ class KernelThreads:
     def named(self, *names: str) -> list[int]:
         """Return the pids of the kernel threads with one of these names."""
         return sorted(pid for pid, name in self._names.items() if name in names)
+
+    def others(self) -> list[int]:
+        """Return the pids of processes: of the last scan what is no kernel thread."""
+        return sorted(pid for pid, name in self._names.items() if not name)
 
     def lowest_priority(self, cpu: int, kinds: Iterable[str]) -> int | None:
         """Return the lowest FIFO priority among the threads ``KIND/CPU``, 0 for one that is not FIFO; None: none."""

@@ -274,6 +274,26 @@ def test_the_nodes_of_memory_are_read_at_looks_at_everything(tmp_path, hold, tid
     assert [str(one.nodes) for one in one_node.look(domains, Memory()).guests] == ["", ""]
 
 
+def test_pinned_threads_of_others_are_looked_for_in_looks_at_everything(tmp_path, hold, tids):
+    """A quick look shows what was found last. Guests are not among them, wherever they may run."""
+    child, early = hold("a"), hold("early")
+    pinned = max(os.sched_getaffinity(0))
+    for tid in tids:
+        os.sched_setaffinity(tid, {pinned})
+    files = guest(child.pid, {tids[0]: ("CPU 0/KVM", "vcpu0")})
+    files |= process(early.pid, {early.pid: stat_line(early.pid)}, "0::/system.slice/libvirtd.service\n")
+    files |= process(tids[2], {tids[2]: stat_line(tids[2], "ptp4l")})
+    files |= process(tids[1], {tids[1]: stat_line(tids[1], "virtiofsd")}, f"0::{HOME}/emulator\n")
+    files[f"sys/fs/cgroup{HOME}/emulator/cgroup.threads"] = f"{child.pid}\n{tids[1]}\n"
+    made = observer(tmp_path, **files)
+    domains = {"u1": "a", "u2": "early"}
+
+    assert made.look(domains, Memory(), only={"u1"}).host.busy == {}
+    assert made.look(domains, Memory()).host.busy == {pinned: f"ptp4l ({tids[2]})"}
+    os.sched_setaffinity(tids[2], os.sched_getaffinity(0))
+    assert made.look(domains, Memory(), only={"u1"}).host.busy == {pinned: f"ptp4l ({tids[2]})"}
+
+
 def test_who_does_not_run_is_no_process(tmp_path, hold):
     """No pid file, or one whose holder is gone from /proc."""
     hold("vanished")
