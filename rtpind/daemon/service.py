@@ -31,6 +31,7 @@ from rtpind.host.details import Described
 from rtpind.host.hypervisor import METADATA, Changed, Domain, Hypervisor, Listed, Lost
 from rtpind.host.journal import notify, watchdog_s
 from rtpind.host.pidfile import pid_of
+from rtpind.host.udev import CpuEvents, CpusChanged, Unheard
 
 #: Looks after an event: threads that begin late (nx-recovery at the first KVM_RUN, vhost, workers).
 _FOLLOW_UPS_S = (0.05, 0.25, 1.0, 5.0)
@@ -57,7 +58,7 @@ class Asked:
 
 
 #: Whatever the inbox may hold.
-Item: TypeAlias = Signalled | Asked | Listed | Changed | Lost | Described
+Item: TypeAlias = Signalled | Asked | Listed | Changed | Lost | Described | CpusChanged | Unheard
 
 
 class Service:
@@ -68,6 +69,7 @@ class Service:
         self._path = policy_path
         self._inbox: Inbox[Item] = Inbox()
         self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
+        self._cpus = CpuEvents(self._inbox.post)
         self._hypervisor: Hypervisor | None = None
         self._libvirt = "connecting"
         self._stopping = False
@@ -103,6 +105,7 @@ class Service:
         self._adopt(policy)
         self._hypervisor = Hypervisor(policy.uri, self._inbox.post)
         self._hypervisor.start()
+        self._cpus.start()
         self._control.start()
         self._say(Kind.DAEMON, f"started, {self._mode()}, policy {self._path}", Level.NOTICE)
         notify(READY="1", STATUS=f"{self._mode()}; connecting to libvirt")
@@ -116,6 +119,7 @@ class Service:
         notify(STOPPING="1", STATUS="stopping; guests stay as they are")
         self._say(Kind.DAEMON, "stopped; guests stay as they are", Level.NOTICE)
         self._control.stop()
+        self._cpus.stop()
         self._hypervisor.stop()
         return 0
 
@@ -165,6 +169,8 @@ class Service:
                 self._changed(item)
             case Described():
                 self._described(item)
+            case CpusChanged() | Unheard():
+                self._hotplugged(item)
             case Lost(why):
                 self._libvirt = "away"
                 text = f"libvirt is away ({why}); the guests known are kept in place, and it is tried again"
@@ -258,6 +264,18 @@ class Service:
             self._untold[item.uuid] = item
         elif self._reconciler.observer.describe(item.uuid, item.process, item.traits):
             self._inbox.look_in(0, item.uuid)
+
+    def _hotplugged(self, item: CpusChanged | Unheard) -> None:
+        """Look at everything at once: what is online now, and who has lost a pCPU, is said by the pass."""
+        if isinstance(item, CpusChanged):
+            self._adopt(self._policy())  # the housekeeping pool may be another one
+            self._full_due = 0.0
+            return
+        text = (
+            f"the kernel's events about pCPUs cannot be heard ({item.why}): one that goes offline or comes online is "
+        )
+        text += f"noticed at the next look at everything, within {self._policy().period_s:g} s"
+        self._say(Kind.HOTPLUG, text, Level.WARNING, CAUSE=item.why)
 
     def _reload(self) -> None:
         """Read the policy again; a bad one is refused and the running one stays (promise 6)."""

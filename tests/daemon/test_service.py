@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""When the loop has libvirt asked for a guest's definition, and whose traits it takes the answer for."""
+"""What the loop does with words from libvirt and the kernel: whose definition is asked for, and what hotplug does."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from simulated import World
 from rtpind.core.audit import Kind, Record
 from rtpind.core.ledger import Process
 from rtpind.core.model import Traits
+from rtpind.core.policy import HOUSEKEEPING, Mode, Policy
 from rtpind.daemon.reconcile import Reconciler
 from rtpind.daemon.service import Service
 from rtpind.host.details import Described
 from rtpind.host.hypervisor import METADATA, Changed, Domain, Listed
 from rtpind.host.ledgerfile import LedgerFile
+from rtpind.host.udev import CpusChanged, Unheard
 
 UUID, NAME = uuid_of(PID), "rt-1"
 DOMAIN = Domain(UUID, NAME)
@@ -59,6 +62,17 @@ class Observer(World):
         return news
 
 
+class OnPaper(Service):
+    """The service, which does not move the threads of the test."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.adopted: list[str] = []
+
+    def _adopt(self, policy: Policy) -> None:
+        self.adopted.append(str(policy.pool(HOUSEKEEPING, host())))
+
+
 class Loop:
     """The service with a simulated host and libvirt; each turn takes some items and does what is due."""
 
@@ -68,9 +82,9 @@ class Loop:
         observer: Any = self.world
         file = LedgerFile(directory)
         reconciler = Reconciler(observer, file, self.records.append, kernel=self.world, clock=self.world.clock)
-        reconciler.policy = policy()
+        reconciler.policy = replace(policy(), mode=Mode.OBSERVE)  # else the second looks before FIFO come in between
         self.libvirt: Any = Hypervisor()
-        self.service = Service(reconciler, directory / "policy.yaml")
+        self.service = OnPaper(reconciler, directory / "policy.yaml")
         self.service._hypervisor = self.libvirt
 
     def turn(self, *items: Any) -> None:
@@ -184,3 +198,23 @@ def test_what_libvirt_does_not_tell_is_said_once(loop: Loop) -> None:
     assert "rt-1: libvirt does not tell its definition (cannot acquire state change lock)" in first
     assert "access denied" in second
     assert loop.records[-1].fields["GUEST"] == NAME
+
+
+def test_a_pcpu_that_goes_offline_makes_it_look_at_everything(loop: Loop) -> None:
+    """At once, and its own threads move with the housekeeping pool; the word itself decides nothing."""
+    loop.full()
+    lists = loop.libvirt.lists
+    loop.turn(CpusChanged(3, online=False))
+
+    assert loop.libvirt.lists == lists + 1
+    assert loop.service.adopted == ["0-1"]
+    assert loop.said(Kind.HOTPLUG) == []
+
+
+def test_a_kernel_that_is_not_heard_is_said(loop: Loop) -> None:
+    """With the cause, and what is lost."""
+    loop.turn(Unheard("EPERM"))
+
+    (text,) = loop.said(Kind.HOTPLUG)
+    assert text.startswith("the kernel's events about pCPUs cannot be heard (EPERM)")
+    assert text.endswith("within 10 s")
