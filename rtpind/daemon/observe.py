@@ -31,7 +31,6 @@ class Observer:
         self.cgroups = Cgroups(root)
         self.facts = HostFacts(self.cgroups, self.proc, root)
         self.foreign = Foreign(self.proc)
-        self._busy: dict[int, str] = {}
         self._run_dir = run_dir
         self._last: dict[str, Guest] = {}
         self._traits: dict[str, tuple[Process, Traits]] = {}
@@ -57,11 +56,11 @@ class Observer:
                 found[uuid] = guest
         self._last = found
         self._traits = {uuid: entry for uuid, entry in self._traits.items() if uuid in domains}
-        if only is None:
-            ours = {thread.id.tid for guest in found.values() for thread in guest.threads}
-            self._busy = self.foreign.busy(host, ours | {guest.pid for guest in found.values()})
+        ours = {thread.id.tid for guest in found.values() for thread in guest.threads}
+        ours |= {guest.pid for guest in found.values()}
+        host = replace(host, busy=self.foreign.busy(host, ours, anew=only is None))
         guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
-        return Snapshot(host=replace(host, busy=self._busy), guests=guests, time=time.monotonic())
+        return Snapshot(host=host, guests=guests, time=time.monotonic())
 
     def process_of(self, name: str) -> Process | None:
         """Return which process the guest ``name`` is now; None when it does not run."""

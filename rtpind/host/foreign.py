@@ -36,28 +36,34 @@ class Foreign:
         self._clock = clock
         self._old_s = old_s
         self._rests_until = float("-inf")
-        self._busy: dict[int, str] = {}
+        self._found: dict[int, tuple[int, int, str]] = {}  # pCPU → process, thread, name
 
-    def busy(self, host: Host, ours: Collection[int]) -> dict[int, str]:
+    def busy(self, host: Host, ours: Collection[int], *, anew: bool = True) -> dict[int, str]:
         """Return pCPU → ``COMM (TID)``; ``ours``: the threads and processes of guests, which do not count.
 
-        Of several on a pCPU it is the one with the narrowest mask, then the oldest. What was found last, while it is
-        too early to look again.
+        Of several on a pCPU it is the one with the narrowest mask, then the oldest. What was found last, when it is not
+        to look ``anew`` or it is too early for that; but for who has turned out to be a guest's since.
         """
         began = self._clock()
-        if began < self._rests_until:
-            return self._busy
-        found: dict[int, tuple[tuple[int, int, int], str]] = {}
-        for tid, cpus, stat in self._pinned(host, ours):
-            entry = ((len(cpus), stat.start, tid), f"{stat.comm} ({tid})")
+        if anew and began >= self._rests_until:
+            self._found = self._scan(host, ours)
+            ended = self._clock()
+            self._rests_until = ended + (ended - began) * _SPARING
+        return {
+            cpu: f"{comm} ({tid})"
+            for cpu, (pid, tid, comm) in self._found.items()
+            if pid not in ours and tid not in ours
+        }
+
+    def _scan(self, host: Host, ours: Collection[int]) -> dict[int, tuple[int, int, str]]:
+        found: dict[int, tuple[tuple[int, int, int], tuple[int, int, str]]] = {}
+        for pid, tid, cpus, stat in self._pinned(host, ours):
+            entry = ((len(cpus), stat.start, tid), (pid, tid, stat.comm))
             for cpu in cpus:
                 found[cpu] = min(found.get(cpu, entry), entry)
-        self._busy = {cpu: found[cpu][1] for cpu in sorted(found)}
-        ended = self._clock()
-        self._rests_until = ended + (ended - began) * _SPARING
-        return self._busy
+        return {cpu: found[cpu][1] for cpu in sorted(found)}
 
-    def _pinned(self, host: Host, ours: Collection[int]) -> Iterator[tuple[int, CpuSet, Stat]]:
+    def _pinned(self, host: Host, ours: Collection[int]) -> Iterator[tuple[int, int, CpuSet, Stat]]:
         most = min(_FEW, len(host.online) // 2)
         unbound = host.online - host.isolated
         now = self._proc.uptime()
@@ -72,7 +78,7 @@ class Foreign:
                 continue
             everywhere = unbound and unbound <= cpus
             if not everywhere and not stat.kernel and now - stat.start / TICKS >= self._old_s:
-                yield tid, cpus, stat
+                yield pid, tid, cpus, stat
 
     def _tids(self, ours: Collection[int]) -> Iterator[tuple[int, int]]:
         for pid in self._proc.kernel_threads.others():

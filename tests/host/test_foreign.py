@@ -160,6 +160,16 @@ def test_a_scan_takes_one_hundredth_of_the_time(tmp_path: Path) -> None:
     assert seen.busy() == {3: "x (20)", 4: "x (21)"}
 
 
+def test_who_turns_out_to_be_a_guests_is_not_shown_any_more(tmp_path: Path) -> None:
+    """Found while nobody knew of the guest (libvirt was away, say), and known before it is time to look again."""
+    seen = Seen(tmp_path, one(20) | one(21), one(30), one(40), t21="3", t30="4", t40="5")
+
+    assert seen.busy() == {3: "x (21)", 4: "x (30)", 5: "x (40)"}
+    assert seen.foreign.busy(HOST, {20, 30}, anew=False) == {5: "x (40)"}
+    assert seen.busy(ours=(21,)) == {4: "x (30)", 5: "x (40)"}
+    assert seen.reads == 4
+
+
 def test_a_real_pin_is_found() -> None:
     """On the real host: a program under taskset holds its pCPU, and one that is not pinned none."""
     proc = Proc()
