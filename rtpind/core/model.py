@@ -137,19 +137,25 @@ class Thread:
 class Traits:
     """What libvirt's definition of a guest says beside its threads; the guest itself cannot change it.
 
-    ``flavor``, ``project``: Nova's metadata. ``has``: of :data:`FEATURES`. ``partition``: libvirt's resource
-    partition. ``threads``: of each of the guest's own cores. ``pins``: vCPU → <vcpupin>. ``realtime``: vCPU →
-    priority, by <vcpusched> fifo or rr. ``nodes``: NUMA nodes that its memory is bound to.
+    ``flavor``, ``project``, ``project_id``: Nova's metadata. ``has``: of :data:`FEATURES`. ``partition``: libvirt's
+    resource partition. ``threads``: of each of the guest's own cores. ``pins``: vCPU → <vcpupin>. ``realtime``:
+    vCPU → priority, by <vcpusched> fifo or rr. ``nodes``: NUMA nodes that its memory is bound to.
     """
 
     flavor: str = ""
     project: str = ""
+    project_id: str = ""
     has: frozenset[str] = frozenset()
     partition: str = ""
     threads: int = 1
     pins: Mapping[int, CpuSet] = field(default_factory=dict)
     realtime: Mapping[int, int] = field(default_factory=dict)
     nodes: CpuSet = NO_CPUS
+
+    @property
+    def projects(self) -> tuple[str, ...]:
+        """What a rule's ``project`` may match: the name, which another domain of Keystone may have too, and the id."""
+        return tuple(word for word in (self.project, self.project_id) if word)
 
 
 #: What a rule can ask for by ``has``: <vcpusched>, <hugepages>, <locked>.

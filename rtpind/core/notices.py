@@ -18,7 +18,7 @@ from rtpind.core.audit import (
 )
 from rtpind.core.decision import Decision, GuestDecision, State
 from rtpind.core.memory import Memory
-from rtpind.core.model import Guest, Snapshot, Thread
+from rtpind.core.model import Guest, Host, Snapshot, Thread
 from rtpind.core.plan import Plan
 from rtpind.core.policy import Drift
 from rtpind.core.verdict import Verdict, judge
@@ -100,6 +100,23 @@ def _of_thread(
         yield ("no-fifo", thread.id, why), Record(Kind.FIFO_WITHHELD, f"{text}: no FIFO", Level.WARNING, fields)
     elif verdict is Verdict.NOT_PLACED and thread.id in found.roomless:
         yield ("roomless", thread.id), Record(Kind.NOT_PLACED, f"{text}: no free pCPU", Level.WARNING, fields)
+
+
+def hotplug(before: Snapshot, host: Host) -> Iterator[Record]:
+    """Yield a record of the pCPUs that came or went since ``before``, and one of each thread that lost its last one."""
+    gone, come = before.host.online - host.online, host.online - before.host.online
+    fields = {"OLD_CPUS": str(before.host.online), "NEW_CPUS": str(host.online)}
+    if come:
+        yield Record(Kind.HOTPLUG, f"pCPU {come} came online", Level.NOTICE, fields)
+    if gone:
+        yield Record(Kind.HOTPLUG, f"pCPU {gone} went offline", Level.WARNING, fields)
+    for guest in before.guests:
+        for thread in guest.threads:
+            had = thread.now.cpus & before.host.online
+            if had and had <= gone:
+                text = f"{_who(thread, guest)}: its pCPU {had} went offline; the kernel has put it elsewhere"
+                of_thread = thread_fields(thread, guest) | {"OLD_CPUS": str(had)}
+                yield Record(Kind.HOTPLUG, text, Level.WARNING, of_thread)
 
 
 def fight(thread: Thread, guest: Guest, length_s: float) -> Record:

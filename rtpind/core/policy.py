@@ -231,8 +231,14 @@ class Rule:
         traits = guest.traits
         if traits is None:
             return None
-        globs = ((self.flavor, traits.flavor), (self.project, traits.project), (self.partition, traits.partition))
-        return self.has <= traits.has and all(glob is None or fnmatchcase(text, glob) for glob, text in globs)
+        globs = (
+            (self.flavor, (traits.flavor,)),
+            (self.project, traits.projects),
+            (self.partition, (traits.partition,)),
+        )
+        return self.has <= traits.has and all(
+            glob is None or any(fnmatchcase(word, glob) for word in words) for glob, words in globs
+        )
 
     @property
     def by_traits(self) -> bool:

@@ -14,7 +14,7 @@ from rtpind.core.learn import learn
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off, Process
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest, Snapshot, Thread
-from rtpind.core.notices import fight, standing
+from rtpind.core.notices import fight, hotplug, standing
 from rtpind.core.placement import place
 from rtpind.core.plan import Plan
 from rtpind.core.policy import Mode, Policy
@@ -55,6 +55,7 @@ class Reconciler:
         self.domains: dict[str, str] = {}  # UUID → name
         self.memory = Memory()
         self.ledger = Ledger()
+        self._seen: Snapshot | None = None  # by the last pass
         self._unwritable = ""  # why the ledger could not be written, as last said
 
     def open_ledger(self) -> None:
@@ -88,6 +89,10 @@ class Reconciler:
         """Do one pass over all guests, or ``only`` some; returns what was found and planned."""
         assert self.policy is not None
         view = self.view(only)
+        if self._seen is not None:
+            for record in hotplug(self._seen, view.snapshot.host):
+                self.emit(record)
+        self._seen = view.snapshot
         outcomes = self._act(view)
         memory = self.memory
         self.memory = learn(memory, view.snapshot, view.decision, view.plan, outcomes, self.clock())

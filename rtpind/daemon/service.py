@@ -13,22 +13,25 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rtpind.core.audit import Kind, Level, Record
-from rtpind.core.ledger import EVERYONE
+from rtpind.core.ledger import EVERYONE, Process
+from rtpind.core.model import Guest
 from rtpind.core.policy import HOUSEKEEPING, Policy
 from rtpind.daemon import commands, policysource
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
 from rtpind.host import sched
 from rtpind.host.control import Answer, ControlServer
-from rtpind.host.hypervisor import Changed, Domain, Hypervisor, Listed, Lost
+from rtpind.host.details import Described
+from rtpind.host.hypervisor import METADATA, Changed, Domain, Hypervisor, Listed, Lost
 from rtpind.host.journal import notify, watchdog_s
 from rtpind.host.pidfile import pid_of
+from rtpind.host.udev import CpuEvents, CpusChanged, Unheard
 
 #: Looks after an event: threads that begin late (nx-recovery at the first KVM_RUN, vhost, workers).
 _FOLLOW_UPS_S = (0.05, 0.25, 1.0, 5.0)
@@ -54,14 +57,19 @@ class Asked:
     given_up: threading.Event = field(default_factory=threading.Event)
 
 
+#: Whatever the inbox may hold.
+Item: TypeAlias = Signalled | Asked | Listed | Changed | Lost | Described | CpusChanged | Unheard
+
+
 class Service:
     """One run of the daemon."""
 
     def __init__(self, reconciler: Reconciler, policy_path: Path) -> None:
         self._reconciler = reconciler
         self._path = policy_path
-        self._inbox: Inbox[Signalled | Asked | Listed | Changed | Lost] = Inbox()
+        self._inbox: Inbox[Item] = Inbox()
         self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
+        self._cpus = CpuEvents(self._inbox.post)
         self._hypervisor: Hypervisor | None = None
         self._libvirt = "connecting"
         self._stopping = False
@@ -69,6 +77,8 @@ class Service:
         self._status = ""
         self._counts = "no pass yet"
         self._listed_once = False
+        self._asked: dict[str, Process] = {}  # guests whose definition libvirt was asked for …
+        self._untold: dict[str, Described] = {}  # … and what kept it from telling, as last said
         self._faults = 0
         self._passes = 0
 
@@ -95,6 +105,7 @@ class Service:
         self._adopt(policy)
         self._hypervisor = Hypervisor(policy.uri, self._inbox.post)
         self._hypervisor.start()
+        self._cpus.start()
         self._control.start()
         self._say(Kind.DAEMON, f"started, {self._mode()}, policy {self._path}", Level.NOTICE)
         notify(READY="1", STATUS=f"{self._mode()}; connecting to libvirt")
@@ -108,10 +119,11 @@ class Service:
         notify(STOPPING="1", STATUS="stopping; guests stay as they are")
         self._say(Kind.DAEMON, "stopped; guests stay as they are", Level.NOTICE)
         self._control.stop()
+        self._cpus.stop()
         self._hypervisor.stop()
         return 0
 
-    def _turn(self, items: list[Signalled | Asked | Listed | Changed | Lost]) -> None:
+    def _turn(self, items: list[Item]) -> None:
         """Take what was posted, then do the passes that are due."""
         for item in items:
             self._survive(self._take, item)
@@ -131,7 +143,7 @@ class Service:
             text = f"a fault in rtpind, one step was given up: {error!r} at {where.filename}:{where.lineno}"
             self._say(Kind.FAULT, text, Level.ERROR)
 
-    def _take(self, item: Signalled | Asked | Listed | Changed | Lost) -> None:
+    def _take(self, item: Item) -> None:
         match item:
             case Signalled(number):
                 if number == signal.SIGHUP:
@@ -153,8 +165,12 @@ class Service:
                     self._full_due = 0.0
             case Listed(domains, fresh):
                 self._listed(domains, fresh)
-            case Changed(domain, what):
-                self._changed(domain, what)
+            case Changed():
+                self._changed(item)
+            case Described():
+                self._described(item)
+            case CpusChanged() | Unheard():
+                self._hotplugged(item)
             case Lost(why):
                 self._libvirt = "away"
                 text = f"libvirt is away ({why}); the guests known are kept in place, and it is tried again"
@@ -181,7 +197,20 @@ class Service:
             # In place, and only the second look is missing. A guest that is not in place waits for the period.
             if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:
                 self._inbox.look_in(_AGAIN_S, guest.uuid)
+        self._ask_about(view.snapshot.guests)
         self._tell(view)
+
+    def _ask_about(self, guests: Iterable[Guest]) -> None:
+        """Have libvirt asked once for the definition of each guest that is new, or is another process than before."""
+        before, self._asked = self._asked, {guest.uuid: guest.process for guest in guests}
+        self._untold = {uuid: item for uuid, item in self._untold.items() if uuid in self._asked}
+        for uuid, process in self._asked.items() - before.items():
+            self._describe(uuid, process)
+
+    def _describe(self, uuid: str, process: Process) -> None:
+        assert self._hypervisor is not None
+        self._asked[uuid] = process
+        self._hypervisor.describe(uuid, process)
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -197,11 +226,19 @@ class Service:
             self._libvirt = "connected"
             self._say(Kind.LIBVIRT, f"connected to libvirt, {len(domains)} guests run", Level.INFO)
             self._full_due = 0.0
+            self._asked = {}  # what changed while libvirt was away nobody has told
         for uuid in self._reconciler.domains.keys() - known.keys():
             self._inbox.look_in(0, uuid)
 
-    def _changed(self, domain: Domain, what: str) -> None:
-        if what == "stopped":
+    def _changed(self, item: Changed) -> None:
+        domain = item.domain
+        if item.redefined:
+            process = self._reconciler.observer.process_of(domain.name)
+            if process is not None:
+                self._describe(domain.uuid, process)
+        if item.what == METADATA:
+            return
+        if item.what == "stopped":
             # Only the pid file's lock says whether it is gone; a reboot keeps the process (promise 4.4).
             self._inbox.look_in(0, domain.uuid)
             self._full_due = min(self._full_due, time.monotonic() + 0.05)
@@ -211,6 +248,34 @@ class Service:
         self._reconciler.domains = others | {domain.uuid: domain.name}
         for seconds in (0.0, *_FOLLOW_UPS_S):
             self._inbox.look_in(seconds, domain.uuid)
+
+    def _described(self, item: Described) -> None:
+        """Take a guest's traits, if it still is the process that it was when libvirt was asked.
+
+        Then it was that process all the while, so that the answer is about no other. If not, the next look asks anew.
+        """
+        name = self._reconciler.domains.get(item.uuid)
+        if name is None or self._reconciler.observer.process_of(name) != item.process:
+            return
+        if item.traits is None:
+            if self._untold.get(item.uuid) != item:
+                text = f"{name}: libvirt does not tell its definition ({item.trouble}); it is managed without"
+                self._say(Kind.LIBVIRT, text, Level.WARNING, GUEST=name, GUEST_UUID=item.uuid, CAUSE=item.trouble)
+            self._untold[item.uuid] = item
+        elif self._reconciler.observer.describe(item.uuid, item.process, item.traits):
+            self._inbox.look_in(0, item.uuid)
+
+    def _hotplugged(self, item: CpusChanged | Unheard) -> None:
+        """Look at everything at once: what is online now, and who has lost a pCPU, is said by the pass."""
+        if isinstance(item, CpusChanged):
+            self._adopt(self._policy())  # the housekeeping pool may be another one
+            self._full_due = 0.0
+            return
+        text = (
+            f"the kernel's events about pCPUs cannot be heard ({item.why}): one that goes offline or comes online is "
+        )
+        text += f"noticed at the next look at everything, within {self._policy().period_s:g} s"
+        self._say(Kind.HOTPLUG, text, Level.WARNING, CAUSE=item.why)
 
     def _reload(self) -> None:
         """Read the policy again; a bad one is refused and the running one stays (promise 6)."""
