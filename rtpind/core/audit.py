@@ -14,6 +14,8 @@ from enum import Enum, StrEnum
 from rtpind.core.model import Guest, Host, Limits, Placement, Thread
 from rtpind.core.plan import Reason, Step
 
+_FORBIDDEN = "EPERM: a security module forbids it (SELinux setsched, AppArmor, or a seccomp filter of the unit)"
+
 
 class Kind(Enum):
     """Every kind of record: its MESSAGE_ID (sd-id128) and what it says; systemd/rtpind.catalog explains them."""
@@ -34,6 +36,7 @@ class Kind(Enum):
     HOTPLUG = "2f8fda0263634432a7ca119dedebf88b"  # pCPUs went offline or came online, or that is not heard of
     LIBVIRT = "86d59941e7b44508b2479d6157009a1e"  # libvirt is there, or away
     LEDGER = "1f600e166d604bb0adbf41e2ebc6504c"  # the ledger was set aside or could not be written
+    METRICS = "ccc3409ffd174b8e9f88a7147ac43843"  # the metrics cannot be written
     DAEMON = "ce370c6a00d04f93893b2494d176c1d2"  # the daemon started or stopped
     FAULT = "dd856770284a4edda20bbd24000d97de"  # a fault in rtpind itself; the pass went on
 
@@ -141,21 +144,19 @@ def refusal_text(outcome: Outcome, host: Host) -> str:
         return f"{outcome.beside} can run there too; FIFO would starve it"
     if outcome.step.cpus is not None:
         if outcome.error == errno.EPERM:
-            return _no_capability(host) or "EPERM: a security module forbids it"
+            return _no_capability(host) or _FORBIDDEN
         if limits.fence is not None and not outcome.step.cpus <= limits.fence:
             return f"cgroup {limits.fenced_by} allows only pCPU {limits.fence} (see vcpupin, emulatorpin, AllowedCPUs=)"
         return f"{errno.errorcode.get(outcome.error, 'the kernel kept another mask')}: the kernel does not let it move"
     if outcome.error != errno.EPERM:
         return errno.errorcode.get(outcome.error, "the kernel kept another scheduling")
-    return (
-        _no_capability(host)
-        or _no_budget(outcome, limits, host)
-        or ("EPERM: a security module forbids it (SELinux setsched, AppArmor, or a seccomp filter of the unit)")
-    )
+    return _no_capability(host) or _no_budget(outcome, limits, host) or _FORBIDDEN
 
 
 def _no_capability(host: Host) -> str:
-    return "" if host.nice_capable else "rtpind lacks CAP_SYS_NICE (see the unit's AmbientCapabilities=)"
+    if host.nice_capable:
+        return ""
+    return "rtpind lacks CAP_SYS_NICE over the host's threads (see the unit's AmbientCapabilities= and PrivateUsers=)"
 
 
 def _no_budget(outcome: Outcome, limits: Limits, host: Host) -> str:

@@ -74,6 +74,7 @@ class _Reader(Reading):
             when_full=WhenFull(self.data.get("when_full", WhenFull.LEAVE)),
             uri=daemon.get("uri", "qemu:///system"),
             period_s=self.read_period(daemon.get("period", "10s")),
+            metrics_dir=daemon.get("metrics_dir", ""),
         )
 
     def read_period(self, text: str) -> float:

@@ -101,6 +101,8 @@ def _pattern(path: Path, value: str) -> tuple[str, str]:
         return f"{show(value)} is not a time", _PERIOD_HINT
     if path[-1:] == ("uri",):
         return f"{show(value)} is not libvirt's system connection", "only qemu:///system has the cgroups rtpind needs"
+    if path[-1:] == ("metrics_dir",):
+        return f"{show(value)} is not an absolute path", "such as /run/rtpind"
     hint = "a small letter first, then up to 31 of a-z, 0-9, _ and -"
     return f"{show(value)} is not a name", _QUOTE_CPUS if _LIKE_CPUS.fullmatch(value) else hint
 

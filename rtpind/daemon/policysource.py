@@ -19,7 +19,8 @@ DEFAULT = Path("/etc/rtpind.yaml")
 def read(path: Path, host: Host, *, strict: bool = False) -> tuple[Policy | None, list[Problem]]:
     """Return the policy of a file, or None, and every problem. Never raises.
 
-    A file that others may write is a problem: whoever can write it can give any guest FIFO on any pCPU.
+    A file that others may write is a problem: whoever can write it can give any guest FIFO on any pCPU. Root's is
+    good for everybody; so is one's own, which gives away nothing that its owner could not do by himself.
     """
     try:
         with open(path, "rb", opener=_open) as file:
@@ -29,6 +30,9 @@ def read(path: Path, host: Host, *, strict: bool = False) -> tuple[Policy | None
             text = file.read(4 * MAX_CHARS).decode("utf-8")
     except UnicodeDecodeError as error:
         return None, [Problem(1, "", f"not UTF-8: {error.reason} at byte {error.start}")]
+    except PermissionError as error:
+        hint = f"uid {os.geteuid()} may not read it: chmod 0644, or chgrp to the daemon's group and chmod 0640"
+        return None, [Problem(1, "", error.strerror or str(error), hint)]
     except OSError as error:
         return None, [Problem(1, "", error.strerror or str(error), "rtpind.yaml(5) shows what belongs there")]
     policy, problems = load(text, host, strict=strict)

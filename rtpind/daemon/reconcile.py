@@ -12,6 +12,7 @@ from rtpind.core.audit import Kind, Level, Outcome, Record, Result, guest_fields
 from rtpind.core.decision import Decision
 from rtpind.core.learn import learn
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off, Process
+from rtpind.core.measures import Tally
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest, Snapshot, Thread
 from rtpind.core.notices import fight, hotplug, standing
@@ -56,6 +57,7 @@ class Reconciler:
         self.memory = Memory()
         self.ledger = Ledger()
         self._seen: Snapshot | None = None  # by the last pass
+        self.tally = Tally()
         self._unwritable = ""  # why the ledger could not be written, as last said
 
     def open_ledger(self) -> None:
@@ -117,7 +119,9 @@ class Reconciler:
             if record is not None and outcome.result is not Result.BLOCKED:  # that stands: see _say
                 self.emit(record)
 
-        return apply(plan, snapshot, self.kernel, say)
+        outcomes = apply(plan, snapshot, self.kernel, say)
+        self.tally = self.tally.plus(outcomes)
+        return outcomes
 
     def _record(self, view: View) -> bool:
         """Write down what threads have before they are touched (promise 8); without that nothing is touched.

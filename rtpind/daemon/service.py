@@ -13,23 +13,25 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from rtpind.core.audit import Kind, Level, Record
-from rtpind.core.ledger import EVERYONE, Process
-from rtpind.core.model import Guest
+from rtpind.core.ledger import EVERYONE
+from rtpind.core.measures import Measures, by_verdict
 from rtpind.core.policy import HOUSEKEEPING, Policy
 from rtpind.daemon import commands, policysource
+from rtpind.daemon.definitions import Definitions
+from rtpind.daemon.house import Housekeeper
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
-from rtpind.host import sched
 from rtpind.host.control import Answer, ControlServer
 from rtpind.host.details import Described
 from rtpind.host.hypervisor import METADATA, Changed, Domain, Hypervisor, Listed, Lost
 from rtpind.host.journal import notify, watchdog_s
+from rtpind.host.metrics import MetricsFile, Unwritten
 from rtpind.host.pidfile import pid_of
 from rtpind.host.udev import CpuEvents, CpusChanged, Unheard
 
@@ -58,7 +60,7 @@ class Asked:
 
 
 #: Whatever the inbox may hold.
-Item: TypeAlias = Signalled | Asked | Listed | Changed | Lost | Described | CpusChanged | Unheard
+Item: TypeAlias = Signalled | Asked | Listed | Changed | Lost | Described | CpusChanged | Unheard | Unwritten
 
 
 class Service:
@@ -70,21 +72,26 @@ class Service:
         self._inbox: Inbox[Item] = Inbox()
         self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
         self._cpus = CpuEvents(self._inbox.post)
+        self._house = Housekeeper(lambda: reconciler.observer.proc.tids(os.getpid()), reconciler.emit)
         self._hypervisor: Hypervisor | None = None
+        self._definitions: Definitions | None = None
+        self._metrics: MetricsFile | None = None
+        self._measures = Measures()
         self._libvirt = "connecting"
+        self._lost = ""  # why libvirt is away, as last said
         self._stopping = False
         self._full_due = 0.0
         self._status = ""
         self._counts = "no pass yet"
         self._listed_once = False
-        self._asked: dict[str, Process] = {}  # guests whose definition libvirt was asked for …
-        self._untold: dict[str, Described] = {}  # … and what kept it from telling, as last said
         self._faults = 0
         self._passes = 0
 
     # --- from other threads: only post -----------------------------------------------------------------------
 
-    def _answer_from_thread(self, request: Answer) -> Answer:
+    def _answer_from_thread(self, request: Answer, trusted: bool) -> Answer:
+        if not trusted and request.get("do") not in commands.LOOKS:
+            return {"error": "only root and the daemon's own user may change something"}
         asked = Asked(request)
         self._inbox.post(asked)
         try:
@@ -103,7 +110,9 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         self._adopt(policy)
+        self._publish()
         self._hypervisor = Hypervisor(policy.uri, self._inbox.post)
+        self._definitions = Definitions(self._reconciler, self._hypervisor.describe)
         self._hypervisor.start()
         self._cpus.start()
         self._control.start()
@@ -133,14 +142,15 @@ class Service:
         elif due and self._listed_once:  # else the other guests are not known, and their pCPUs would be given out
             self._survive(self._pass, due)
 
-    def _survive(self, do: Callable[..., None], *what: object) -> None:
+    def _survive(self, do: Callable[..., object], *what: object) -> None:
         """Do one thing. The one place where a fault is caught: guests stay managed whatever one thing trips over."""
         try:
             do(*what)
         except Exception as error:
             self._faults += 1
             where = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"a fault in rtpind, one step was given up: {error!r} at {where.filename}:{where.lineno}"
+            told = f"{type(error).__name__}: {error}"  # of an OSError, that names the file, and repr() does not
+            text = f"a fault in rtpind, one step was given up: {told} at {where.filename}:{where.lineno}"
             self._say(Kind.FAULT, text, Level.ERROR)
 
     def _take(self, item: Item) -> None:
@@ -150,32 +160,46 @@ class Service:
                     self._reload()
                 else:
                     self._stopping = True
-            case Asked(request, reply, given_up):
-                if given_up.is_set():
-                    return
-                answer: Answer = {"error": "a fault in rtpind; see the journal"}
-                try:
-                    if self._listed_once:
-                        answer = commands.answer(request, self._reconciler, self._about())
-                    else:
-                        answer = {"error": "libvirt has not answered yet: rtpind does not know which guests run"}
-                finally:
-                    reply.put(answer)
-                if request.get("do") not in commands.LOOKS:
-                    self._full_due = 0.0
+            case Asked():
+                self._asked(item)
             case Listed(domains, fresh):
                 self._listed(domains, fresh)
             case Changed():
                 self._changed(item)
             case Described():
-                self._described(item)
+                if self._definitions is not None and self._definitions.take(item):
+                    self._inbox.look_in(0, item.uuid)
             case CpusChanged() | Unheard():
                 self._hotplugged(item)
-            case Lost(why):
-                self._libvirt = "away"
-                text = f"libvirt is away ({why}); the guests known are kept in place, and it is tried again"
-                self._say(Kind.LIBVIRT, text, Level.WARNING)
-                self._tell()
+            case Lost():
+                self._without_libvirt(item)
+            case Unwritten(path, why):
+                text = f"the metrics cannot be written to {path}: {why}; guests are managed all the same"
+                self._say(Kind.METRICS, text, Level.WARNING)
+
+    def _asked(self, asked: Asked) -> None:
+        """Answer a command, unless it has given up waiting."""
+        if asked.given_up.is_set():
+            return
+        answer: Answer = {"error": "a fault in rtpind; see the journal"}
+        try:
+            if self._listed_once:
+                answer = commands.answer(asked.request, self._reconciler, self._about())
+            else:
+                why = f" ({self._lost})" if self._lost else ""
+                answer = {"error": f"libvirt has not answered yet{why}: rtpind does not know which guests run"}
+        finally:
+            asked.reply.put(answer)
+        if asked.request.get("do") not in commands.LOOKS:
+            self._full_due = 0.0
+
+    def _without_libvirt(self, lost: Lost) -> None:
+        self._libvirt = "away"
+        self._lost = lost.cure or lost.why
+        text = f"libvirt is away ({lost.why}{'; ' if lost.cure else ''}{lost.cure}); "
+        text += "the guests known are kept in place, and it is tried again"
+        self._say(Kind.LIBVIRT, text, Level.WARNING)
+        self._tell()
 
     def _full(self) -> None:
         """Look at everything, and have libvirt asked who runs: the net under all events."""
@@ -184,10 +208,13 @@ class Service:
         if self._libvirt == "connected":
             self._hypervisor.relist()
         if self._listed_once:  # before that there is nothing to look at, and nothing to forget
-            self._pass(None)
+            began = time.monotonic()
+            view = self._pass(None)
+            self._measure(view, time.monotonic() - began)
+            self._house.keep(self._policy().pool(HOUSEKEEPING, view.snapshot.host))
             self._passes += 1
 
-    def _pass(self, only: set[str] | None) -> None:
+    def _pass(self, only: set[str] | None) -> View:
         view = self._reconciler.run(only)
         for guest in view.snapshot.guests:
             if guest.uuid not in view.plan.again:
@@ -197,20 +224,10 @@ class Service:
             # In place, and only the second look is missing. A guest that is not in place waits for the period.
             if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:
                 self._inbox.look_in(_AGAIN_S, guest.uuid)
-        self._ask_about(view.snapshot.guests)
+        if self._definitions is not None:
+            self._definitions.want(view.snapshot.guests)
         self._tell(view)
-
-    def _ask_about(self, guests: Iterable[Guest]) -> None:
-        """Have libvirt asked once for the definition of each guest that is new, or is another process than before."""
-        before, self._asked = self._asked, {guest.uuid: guest.process for guest in guests}
-        self._untold = {uuid: item for uuid, item in self._untold.items() if uuid in self._asked}
-        for uuid, process in self._asked.items() - before.items():
-            self._describe(uuid, process)
-
-    def _describe(self, uuid: str, process: Process) -> None:
-        assert self._hypervisor is not None
-        self._asked[uuid] = process
-        self._hypervisor.describe(uuid, process)
+        return view
 
     # --- events -----------------------------------------------------------------------------------------------
 
@@ -226,16 +243,15 @@ class Service:
             self._libvirt = "connected"
             self._say(Kind.LIBVIRT, f"connected to libvirt, {len(domains)} guests run", Level.INFO)
             self._full_due = 0.0
-            self._asked = {}  # what changed while libvirt was away nobody has told
+            if self._definitions is not None:
+                self._definitions.forget()
         for uuid in self._reconciler.domains.keys() - known.keys():
             self._inbox.look_in(0, uuid)
 
     def _changed(self, item: Changed) -> None:
         domain = item.domain
-        if item.redefined:
-            process = self._reconciler.observer.process_of(domain.name)
-            if process is not None:
-                self._describe(domain.uuid, process)
+        if item.redefined and self._definitions is not None:
+            self._definitions.changed(domain)
         if item.what == METADATA:
             return
         if item.what == "stopped":
@@ -249,26 +265,9 @@ class Service:
         for seconds in (0.0, *_FOLLOW_UPS_S):
             self._inbox.look_in(seconds, domain.uuid)
 
-    def _described(self, item: Described) -> None:
-        """Take a guest's traits, if it still is the process that it was when libvirt was asked.
-
-        Then it was that process all the while, so that the answer is about no other. If not, the next look asks anew.
-        """
-        name = self._reconciler.domains.get(item.uuid)
-        if name is None or self._reconciler.observer.process_of(name) != item.process:
-            return
-        if item.traits is None:
-            if self._untold.get(item.uuid) != item:
-                text = f"{name}: libvirt does not tell its definition ({item.trouble}); it is managed without"
-                self._say(Kind.LIBVIRT, text, Level.WARNING, GUEST=name, GUEST_UUID=item.uuid, CAUSE=item.trouble)
-            self._untold[item.uuid] = item
-        elif self._reconciler.observer.describe(item.uuid, item.process, item.traits):
-            self._inbox.look_in(0, item.uuid)
-
     def _hotplugged(self, item: CpusChanged | Unheard) -> None:
         """Look at everything at once: what is online now, and who has lost a pCPU, is said by the pass."""
         if isinstance(item, CpusChanged):
-            self._adopt(self._policy())  # the housekeeping pool may be another one
             self._full_due = 0.0
             return
         text = (
@@ -293,16 +292,14 @@ class Service:
             self._adopt(policy)
             self._say(Kind.POLICY, f"{self._path} read again, {self._mode()}", Level.NOTICE)
             self._full_due = 0.0
+        self._measures = replace(self._measures, loaded=policy is not None)
+        self._publish()
         notify(READY="1")
 
     def _adopt(self, policy: Policy) -> None:
         self._reconciler.policy = policy
-        host = self._reconciler.observer.host()
-        own = policy.pool(HOUSEKEEPING, host)
-        if own:
-            for thread in threading.enumerate():
-                if thread.native_id is not None and os.sched_getaffinity(thread.native_id) != set(own):
-                    sched.set_affinity(thread.native_id, own)
+        self._measures = replace(self._measures, policy=str(self._path), loaded_at=time.time())
+        self._house.keep(policy.pool(HOUSEKEEPING, self._reconciler.observer.host()))
 
     def _about(self) -> Mapping[str, Any]:
         return {
@@ -313,6 +310,28 @@ class Service:
             "passes": self._passes,
             "faults": self._faults,
         }
+
+    # --- metrics ----------------------------------------------------------------------------------------------
+
+    def _measure(self, view: View, took_s: float) -> None:
+        """Take the measures of a full pass, if anybody wants them."""
+        if self._metrics is None:
+            return
+        threads = by_verdict(view.decision, self._reconciler.memory, view.snapshot)
+        self._measures = replace(self._measures, threads=threads, passed_at=time.time(), pass_s=took_s)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Have the measures written where the policy in force says; withdraw the file where it says so no more."""
+        wanted = Path(self._policy().metrics_dir) if self._policy().metrics_dir else None
+        if self._metrics is not None and wanted != self._metrics.path.parent:
+            self._metrics.withdraw()
+            self._metrics = None
+        if wanted is not None and self._metrics is None:
+            self._metrics = MetricsFile(wanted, self._inbox.post)
+            self._metrics.start()
+        if self._metrics is not None:
+            self._metrics.write(replace(self._measures, tally=self._reconciler.tally, mode=self._mode()))
 
     # --- telling ----------------------------------------------------------------------------------------------
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The daemon's control socket: one JSON object in a line each way. For rtpinctl on this host, nobody else."""
+"""The daemon's control socket: one JSON object in a line each way. For rtpinctl on this host, nobody else.
+
+Who may connect may ask what changes nothing; to change something is for root and the daemon's own user. The kernel
+says who asks.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +22,7 @@ from rtpind.host.ledgerfile import STATE_DIR
 
 SOCKET = "control"
 _MAX_REQUEST = 64 * 1024
+_UCRED = "iII"  # struct ucred: pid, uid, gid
 
 Answer = Mapping[str, Any]
 
@@ -28,11 +34,12 @@ class UnreachableError(Exception):
 class ControlServer:
     """Accepts requests in a thread of its own; ``answer`` is called there and may wait for the daemon's loop.
 
-    One client after the other; each has ``patience_s`` to ask and as long to take the answer.
+    It is told the request, and whether who asks may change something. One client after the other; each has
+    ``patience_s`` to ask and as long to take the answer.
     """
 
     def __init__(
-        self, answer: Callable[[Answer], Answer], directory: Path = STATE_DIR, *, patience_s: float = 5.0
+        self, answer: Callable[[Answer, bool], Answer], directory: Path = STATE_DIR, *, patience_s: float = 5.0
     ) -> None:
         self._answer = answer
         self._path = directory / SOCKET
@@ -44,7 +51,7 @@ class ControlServer:
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        mask = os.umask(0o117)  # 0660: root and the daemon's own group
+        mask = os.umask(0o117)  # 0660: the daemon's own user and group, and root
         try:
             server.bind(str(self._path))
         finally:
@@ -73,9 +80,16 @@ class ControlServer:
             # RecursionError: brackets without end.
             with client, contextlib.suppress(OSError, ValueError, RecursionError):
                 request = json.loads(_line(client, _MAX_REQUEST, self._patience_s))
-                reply = self._answer(request) if isinstance(request, dict) else {"error": "not an object"}
+                trusted = _uid(client) in (0, os.geteuid())
+                reply = self._answer(request, trusted) if isinstance(request, dict) else {"error": "not an object"}
                 client.settimeout(self._patience_s)
                 client.sendall(json.dumps(reply).encode() + b"\n")
+
+
+def _uid(client: socket.socket) -> int:
+    """Return the user that made the connection."""
+    found = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(_UCRED))
+    return int(struct.unpack(_UCRED, found)[1])
 
 
 def ask(request: Answer, directory: Path = STATE_DIR, timeout_s: float = 10.0) -> dict[str, Any]:

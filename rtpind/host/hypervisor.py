@@ -9,6 +9,7 @@ libvirt is busy with a guest (:mod:`.details`). Callbacks only post; the daemon'
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -58,9 +59,10 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """libvirt is away."""
+    """libvirt is away, or does not let us in; ``cure``: what helps, "" where that is to wait."""
 
     why: str
+    cure: str = ""
 
 
 Post = Callable[[Listed | Changed | Lost | Described], None]
@@ -116,18 +118,21 @@ class Hypervisor:
 
     def _run_calls(self) -> None:
         failures = 0
+        said = Lost("")
         while not self._stop:
             try:
                 if self._conn is None:
                     self._connect()
-                    failures = 0
+                    failures, said = 0, Lost("")
                 elif self._closed or not self._conn.isAlive():
                     raise libvirt.libvirtError("the connection was closed")
                 else:
                     self._list(fresh=False)
             except Exception as error:  # whatever it is: without this thread rtpind would never hear of libvirt again
-                if failures == 0:
-                    self._post(Lost(str(error)))
+                lost = Lost(str(error), _cure(error))
+                if failures == 0 or lost.cure not in ("", said.cure):
+                    self._post(lost)
+                    said = lost
                 self._disconnect()
                 pause = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
                 failures += 1
@@ -221,6 +226,28 @@ class Hypervisor:
 
     def _on_other(self, _conn: Any, dom: libvirt.virDomain, *rest: Any) -> None:
         self._post(Changed(_domain(dom), str(rest[-1])))  # a device changes nothing that Traits hold
+
+
+def _cure(error: Exception) -> str:
+    """Return what helps where libvirt refuses us; "" for everything else.
+
+    libvirt asks polkit, over D-Bus, about every user that is not root; its error says who of the two failed.
+    """
+    if not isinstance(error, libvirt.libvirtError):
+        return ""
+    match error.get_error_domain():
+        case libvirt.VIR_FROM_DBUS:
+            return (
+                "libvirt asks polkit about a user that is not root, and finds none: install polkitd, and restart "
+                "libvirt if D-Bus was not there when it started"
+            )
+        case libvirt.VIR_FROM_POLKIT:
+            return "polkit's rules forbid it: allow org.libvirt.unix.monitor to rtpind's user, see rtpind(8)"
+    if error.get_int1() == errno.EACCES:
+        return (
+            "libvirt's read-only socket is closed to rtpind's user: see unix_sock_ro_perms, or the unit's SocketMode="
+        )
+    return ""
 
 
 def _domain(dom: libvirt.virDomain) -> Domain:

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
+import stat
 from pathlib import Path
 
 from rtpind.core.ledger import Ledger, dump, load
 
 STATE_DIR = Path("/run/rtpind")
 _MAX_BYTES = 64 * 1024 * 1024
+#: The directory is the daemon's user's: nothing in it may lead root elsewhere, nor hold it up.
+_HERE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class BusyError(Exception):
@@ -30,18 +35,27 @@ class LedgerFile:
         """Become the one enforcing daemon of this host. Raises BusyError; the lock ends with the process."""
         self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         # Nobody else may open it: a lock on a descriptor that only reads would keep the daemon out just as well.
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(fd, 0o600)
-        self._give_to_owner(fd)
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | _HERE, 0o600)
         try:
+            self._own(fd, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             raise BusyError(f"another rtpind runs on this host (it holds {self.directory / 'lock'})") from None
+        except OSError:
+            os.close(fd)
+            raise
         self._lock = fd
 
-    def _give_to_owner(self, fd: int) -> None:
-        """As root, give a file to the directory's owner: the daemon's user must not find itself locked out."""
+    def _own(self, fd: int, mode: int) -> None:
+        """Give a file its mode and, as root, the directory's owner: the daemon's user must not be locked out.
+
+        Raises OSError for what is no file of this directory alone: a link would give away what it leads to.
+        """
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise PermissionError(errno.EPERM, "not a file of its own", str(self.directory))
+        os.fchmod(fd, mode)
         if os.geteuid() == 0:
             owner = os.stat(self.directory)
             os.fchown(fd, owner.st_uid, owner.st_gid)
@@ -58,9 +72,10 @@ class LedgerFile:
         Raises OSError when it cannot be read at all: that says nothing against what is in it.
         """
         try:
-            if self.path.stat().st_size > _MAX_BYTES:
-                raise ValueError("far too large")
-            return load(json.loads(self.path.read_bytes())), ""
+            with open(self.path, "rb", opener=lambda path, flags: os.open(path, flags | _HERE)) as file:
+                if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+                    raise ValueError("far too large")
+                return load(json.loads(file.read())), ""
         except FileNotFoundError:
             return Ledger(), ""
         except (ValueError, RecursionError) as error:
@@ -81,8 +96,10 @@ class LedgerFile:
         No fsync: the directory is on tmpfs, and originals mean nothing after a reboot of the host.
         """
         fresh = self.path.with_suffix(".new")
-        with open(fresh, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), 0o644)  # rtpinctl status reads it as any user
-            self._give_to_owner(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            fresh.unlink()  # of a daemon that was killed
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _HERE, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            self._own(fd, 0o644)  # rtpinctl status reads it as any user
             json.dump(dump(ledger), file, separators=(",", ":"))
         os.replace(fresh, self.path)

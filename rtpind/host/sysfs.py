@@ -127,5 +127,9 @@ class HostFacts:
         return {cpu: lowest for cpu, lowest in found if lowest is not None}
 
     def _nice_capable(self) -> bool:
+        """Return whether CAP_SYS_NICE is there and reaches the host's threads: in a user namespace it does not."""
+        mapped = (self._text("proc/self/uid_map") or "").split()
+        if mapped and mapped != ["0", "0", str(0xFFFFFFFF)]:
+            return False
         match = re.search(r"^CapEff:\s*([0-9a-f]+)", self._text("proc/self/status") or "", re.MULTILINE)
         return bool(int(match[1], 16) >> _CAP_SYS_NICE & 1) if match else True

@@ -319,6 +319,12 @@ def test_reads_a_period(written, seconds):
     assert good(f"version: 1\ndaemon: {{period: {written}}}\n").period_s == seconds
 
 
+def test_metrics_are_off_unless_a_directory_is_named():
+    """An empty default, and the path as it was written."""
+    assert good("version: 1\n").metrics_dir == ""
+    assert good("version: 1\ndaemon: {metrics_dir: /run/rtpind}\n").metrics_dir == "/run/rtpind"
+
+
 @pytest.mark.parametrize("uri", ["qemu:///system", "qemu+unix:///system", "qemu:///system?socket=/run/x"])
 def test_takes_libvirts_system_connection(uri):
     """Each way to write libvirt's system connection is taken."""
@@ -526,6 +532,7 @@ FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 WORDS = [
     "version", "mode", "pools", "classes", "guests", "drift", "when_full", "cputune", "daemon", "uri", "period", "cpus",
+    "metrics_dir",
     "vcpu", "emulator", "iothread", "vhost", "pit", "unsafe", "pool", "exclusive", "share_with", "scheduler",
     "priority", "name", "uuid", "class", "a", "b", "housekeeping", "unmanaged", "Bad Name", "0-3", "isolated", "",
 ]  # fmt: skip
@@ -619,7 +626,7 @@ DATA = st.fixed_dictionaries(
         "classes": st.dictionaries(NAMES, CLASS, max_size=3) | NESTED,
         "guests": st.lists(RULE, max_size=4) | NESTED,
         "drift": NESTED,
-        "daemon": st.fixed_dictionaries({}, optional={"uri": NESTED, "period": NESTED, "a": NESTED}) | NESTED,
+        "daemon": st.fixed_dictionaries({}, optional={"uri": NESTED, "period": NESTED, "metrics_dir": NESTED}) | NESTED,
         "a": NESTED,
     },
 )

@@ -32,7 +32,7 @@ def daemon(tmp_path):
 
     def start(answer):
         asked = []
-        server = ControlServer(lambda request: asked.append(request) or answer, tmp_path)
+        server = ControlServer(lambda request, _trusted: asked.append(request) or answer, tmp_path)
         server.start()
         servers.append(server)
         return asked

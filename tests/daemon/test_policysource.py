@@ -135,6 +135,7 @@ def test_an_unreadable_file_is_a_problem(path):
         os.seteuid(0)
 
     assert problem.message == "Permission denied"
+    assert "uid 65534 may not read it" in problem.hint
 
 
 @WAIT

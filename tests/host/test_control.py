@@ -5,6 +5,8 @@ import os
 import resource
 import select
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +15,13 @@ from trees import until
 
 from rtpind.host.control import ControlServer, UnreachableError, ask
 
+MEMBER = """
+import socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[1])
+client.sendall(b"{}\\n")
+print(client.recv(65536).decode())
+"""
 PATIENT = pytest.mark.timeout(30)
 
 
@@ -26,7 +35,7 @@ def asked():
 def server(tmp_path, asked):
     """A server that remembers what it was asked, answers with its number, and waits a fifth of a second for clients."""
 
-    def answer(request):
+    def answer(request, _trusted):
         asked.append(request)
         return {"ok": len(asked)}
 
@@ -63,7 +72,7 @@ def test_a_request_is_answered(tmp_path, server, asked):
 def test_a_long_answer_arrives_whole(tmp_path):
     """A status of thousands of threads is more than any buffer."""
     text = "x" * 3_000_000
-    server = ControlServer(lambda _: {"ok": text}, tmp_path)
+    server = ControlServer(lambda *_: {"ok": text}, tmp_path)
     server.start()
     try:
         assert ask({}, tmp_path) == {"ok": text}
@@ -142,7 +151,7 @@ def test_a_dripping_client_is_waited_for_only_so_long(tmp_path, server):
 @PATIENT
 def test_a_client_that_does_not_read_is_left(tmp_path):
     """An answer that nobody takes ends that client alone."""
-    server = ControlServer(lambda _: {"ok": "x" * 3_000_000}, tmp_path, patience_s=0.2)
+    server = ControlServer(lambda *_: {"ok": "x" * 3_000_000}, tmp_path, patience_s=0.2)
     server.start()
     try:
         with connect(tmp_path) as client:
@@ -201,7 +210,7 @@ def test_the_socket_of_a_daemon_that_is_gone_is_replaced(tmp_path, asked):
     with pytest.raises(UnreachableError):
         ask({}, tmp_path)
 
-    server = ControlServer(lambda _: {"ok": 1}, tmp_path)
+    server = ControlServer(lambda *_: {"ok": 1}, tmp_path)
     server.start()
     try:
         assert ask({}, tmp_path) == {"ok": 1}
@@ -226,6 +235,29 @@ def test_another_user_is_told_that_it_is_unreachable(tmp_path, server):
             ask({}, tmp_path)
     finally:
         os.seteuid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_only_root_and_the_daemons_own_user_are_trusted(tmp_path):
+    """The kernel says who asks: a member of the socket's group may ask, and is not trusted with a change."""
+    server = ControlServer(lambda _, trusted: {"ok": trusted}, tmp_path)
+    for directory in (tmp_path, *tmp_path.parents[:3]):
+        directory.chmod(0o755)
+    server.start()
+    try:
+        os.chown(tmp_path / "control", 4242, 4243)
+        assert ask({}, tmp_path) == {"ok": True}
+        member = ["setpriv", "--reuid=65534", "--regid=4243", "--clear-groups", "--inh-caps=-all"]
+        python = [os.path.realpath(sys.executable), "-I", "-S", "-c", MEMBER, str(tmp_path / "control")]
+        done = subprocess.run([*member, *python], capture_output=True, text=True, cwd="/")
+        assert json.loads(done.stdout) == {"ok": False}, done.stderr
+        os.seteuid(4242)
+        try:
+            assert ask({}, tmp_path) == {"ok": True}
+        finally:
+            os.seteuid(0)
+    finally:
+        server.stop()
 
 
 def test_stopping_ends_the_thread_and_removes_the_socket(tmp_path, server):

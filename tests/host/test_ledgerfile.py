@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -93,11 +94,49 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     """No room is an error for the caller, not a shorter ledger."""
     file = LedgerFile(tmp_path)
     file.write(ledger())
-    (tmp_path / "ledger.new").symlink_to("/dev/full")
-
-    with pytest.raises(OSError, match="No space left"):
-        file.write(Ledger())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.write(replace(ledger(), hands_off={}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read() == (ledger(), "")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_no_link_in_the_directory_leads_elsewhere(tmp_path, link):
+    """The daemon's user owns the directory: what root does there must not reach any other file."""
+    precious = tmp_path / "precious"
+    precious.write_text("as it was")
+    precious.chmod(0o600)
+    owner = precious.stat().st_uid
+    state = tmp_path / "state"
+    state.mkdir()
+    if os.geteuid() == 0:
+        os.chown(state, 65534, 65534)
+    file = LedgerFile(state)
+    link(precious, state / "lock")
+    link(precious, state / "ledger.new")
+
+    with pytest.raises(OSError, match=r"symbolic links|not a file of its own"):
+        file.lock()
+    file.write(ledger())
+
+    assert file.read() == (ledger(), "")
+    assert precious.read_text() == "as it was"
+    assert (precious.stat().st_mode & 0o777, precious.stat().st_uid) == (0o600, owner)
+
+
+def test_a_pipe_in_the_files_place_holds_nobody_up(tmp_path):
+    """Nobody writes to it, and nobody waits for that."""
+    os.mkfifo(tmp_path / "ledger.json")
+    os.mkfifo(tmp_path / "lock")
+    file = LedgerFile(tmp_path)
+
+    assert file.read()[1] != ""
+    with pytest.raises(OSError, match="not a file of its own"):
+        file.lock()
 
 
 GOOD = json.dumps(dump(ledger()))

@@ -266,6 +266,15 @@ def test_the_capability_is_read_from_the_effective_set(tmp_path, status, capable
     assert read(tmp_path, **{"proc/self/status": status}).nice_capable is capable
 
 
+@pytest.mark.parametrize(
+    ("uids", "capable"),
+    [("         0          0 4294967295\n", True), ("0 0 1\n993 993 1\n", False), ("", True), (None, True)],
+)
+def test_in_a_user_namespace_the_capability_reaches_nobody(tmp_path, uids, capable):
+    """PrivateUsers= leaves the bit in CapEff, and takes its power over the host's threads."""
+    assert read(tmp_path, **{"proc/self/uid_map": uids}).nice_capable is capable
+
+
 def test_the_facts_of_this_host_are_right():
     """On the real host: what other programs say of the same facts."""
     cgroups, proc = Cgroups(), Proc()

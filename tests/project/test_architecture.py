@@ -81,6 +81,7 @@ def test_a_planted_mock_is_found(planted: str) -> None:
         ("daemon/service.py", "import libvirt", "only host.hypervisor imports libvirt"),
         ("ctl/show.py", "from systemd import journal", "only host.journal imports systemd-python"),
         ("host/sysfs.py", "from pyudev import Monitor", "only host.udev imports pyudev"),
+        ("daemon/report.py", "import prometheus_client", "only host.metrics imports prometheus-client"),
     ],
 )
 def test_a_planted_import_breaks_its_contract(tmp_path: Path, module: str, planted: str, contract: str) -> None:

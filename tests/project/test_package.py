@@ -110,6 +110,7 @@ def test_it_holds_what_it_should(deb: Deb) -> None:
         UNIT,
         "usr/lib/systemd/catalog/rtpind.catalog",
         "usr/lib/sysusers.d/rtpind.conf",
+        "usr/lib/tmpfiles.d/rtpind.conf",
         "usr/share/bash-completion/completions/rtpinctl",
         "usr/share/bash-completion/completions/rtpind",
         "usr/share/doc/rtpind/README.Debian",
@@ -117,6 +118,7 @@ def test_it_holds_what_it_should(deb: Deb) -> None:
         "usr/share/doc/rtpind/changelog.Debian.gz",
         "usr/share/doc/rtpind/changelog.gz",
         "usr/share/doc/rtpind/copyright",
+        "usr/share/doc/rtpind/examples/metrics.conf.example",
         "usr/share/doc/rtpind/examples/proc-events.conf.example",
         "usr/share/man/man1/rtpinctl.1.gz",
         "usr/share/man/man5/rtpind.yaml.5.gz",
@@ -253,27 +255,41 @@ def test_the_unit_has_the_user_that_it_names(deb: Deb, tmp_path: Path) -> None:
     output("systemd-sysusers", f"--root={tmp_path}", str(deb.tree / "usr/lib/sysusers.d/rtpind.conf"))
     users = [line.split(":") for line in (tmp_path / "etc/passwd").read_text().splitlines()]
     assert [(user[0], user[5], user[6]) for user in users] == [("rtpind", "/", "/usr/sbin/nologin")]
-    assert set(re.findall(r"^(?:User|Group)=(.*)", (deb.tree / UNIT).read_text(), re.MULTILINE)) <= {"rtpind"}
+    found = re.findall(r"^(User|Group)=(.*)", (deb.tree / UNIT).read_text(), re.MULTILINE)
+    assert found == [("User", "rtpind"), ("Group", "rtpind")]
+    if shutil.which("systemd-tmpfiles") and os.geteuid() == 0:
+        output("systemd-tmpfiles", f"--root={tmp_path}", "--create", str(deb.tree / "usr/lib/tmpfiles.d/rtpind.conf"))
+        state = (tmp_path / "run/rtpind").stat()
+        assert (state.st_uid, state.st_gid, state.st_mode & 0o777) == (int(users[0][2]), int(users[0][3]), 0o755)
 
 
-def test_systemd_accepts_the_proc_events_drop_in(deb: Deb, tmp_path: Path) -> None:
-    """The unit with the shipped drop-in passes systemd-analyze verify without a word."""
+def test_the_user_is_there_before_what_belongs_to_it(deb: Deb) -> None:
+    """Postinst makes the user, then the directory, then touches the service; a purge leaves the user."""
+    postinst = (deb.control / "postinst").read_text()
+    places = [postinst.index(word) for word in ("systemd-sysusers", "systemd-tmpfiles", "try-restart")]
+    assert places == sorted(places)
+    assert "deluser" not in (deb.control / "postrm").read_text()
+
+
+@pytest.mark.parametrize(("name", "key"), [("proc-events", "CapabilityBoundingSet="), ("metrics", "ReadWritePaths=")])
+def test_systemd_accepts_a_shipped_drop_in(deb: Deb, tmp_path: Path, name: str, key: str) -> None:
+    """The unit with it passes systemd-analyze verify without a word."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze")
     unit = tmp_path / "rtpind.service"
     unit.write_text(re.sub(r"/usr/bin/rtpin(d|ctl)", shutil.which("true") or "", (deb.tree / UNIT).read_text()))
     drop_ins = tmp_path / "rtpind.service.d"
     drop_ins.mkdir()
-    drop_in = drop_ins / "proc-events.conf"
-    shutil.copy(deb.tree / "usr/share/doc/rtpind/examples/proc-events.conf.example", drop_in)
+    drop_in = drop_ins / f"{name}.conf"
+    shutil.copy(deb.tree / f"usr/share/doc/rtpind/examples/{name}.conf.example", drop_in)
 
     def verify() -> str:
         words = ["systemd-analyze", "verify", "--man=no", str(unit)]
         return subprocess.run(words, capture_output=True, text=True).stderr
 
     assert verify() == ""
-    drop_in.write_text(drop_in.read_text().replace("CapabilityBoundingSet=", "CapabilityBoundary="))
-    assert "CapabilityBoundary" in verify()
+    drop_in.write_text(drop_in.read_text().replace(f"\n{key}", "\nNoSuchSetting="))
+    assert "NoSuchSetting" in verify()
 
 
 # --- that it works ------------------------------------------------------------------------------------------------
@@ -293,7 +309,7 @@ def test_the_systems_python_runs_it(deb: Deb) -> None:
     if theirs == sysconfig.get_python_version():
         path.append(sysconfig.get_path("platlib"))  # the dependencies, where the distribution's are not installed
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
-    missing = "import jsonschema, libvirt, psutil, rich, ruamel.yaml, systemd.journal"
+    missing = "import jsonschema, libvirt, prometheus_client, psutil, rich, ruamel.yaml, systemd.journal"
     if subprocess.run(["/usr/bin/python3", "-P", "-c", missing], env=environment, capture_output=True).returncode != 0:
         pytest.skip("/usr/bin/python3 is another version than this one, and lacks the dependencies")
     program = (
