@@ -401,7 +401,9 @@ def test_the_shipped_suggestions_are_valid_without_their_hash():
     """Whoever takes the '# ' from the shipped pools and rules has a valid policy on a host with isolated pCPUs."""
     policy = good(re.sub(r"^(  )# (?=housekeeping|helpers|-)", r"\1", SHIPPED, flags=re.MULTILINE))
 
-    assert [rule.class_name for rule in policy.rules] == ["unmanaged", "realtime", "dedicated"]
+    classes = ["unmanaged", "realtime", "realtime", "dedicated", "from-xml", "from-xml"]
+    assert [rule.class_name for rule in policy.rules] == classes
+    assert policy.rules[1].pcpus == (6,)
     assert {name: str(policy.pool(name, HOST)) for name in policy.pools} == {
         "realtime": "2-7", "housekeeping": "0-1", "helpers": "0-1",
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from simulated import World
 from rtpind.core.audit import Kind, Record
 from rtpind.core.ledger import Process
 from rtpind.core.model import Traits
-from rtpind.core.policy import HOUSEKEEPING, Mode, Policy
+from rtpind.core.policy import Mode
+from rtpind.daemon.definitions import Definitions
 from rtpind.daemon.reconcile import Reconciler
 from rtpind.daemon.service import Service
 from rtpind.host.details import Described
@@ -68,9 +70,8 @@ class OnPaper(Service):
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self.adopted: list[str] = []
-
-    def _adopt(self, policy: Policy) -> None:
-        self.adopted.append(str(policy.pool(HOUSEKEEPING, host())))
+        house: Any = SimpleNamespace(keep=lambda cpus: self.adopted.append(str(cpus)))
+        self._house = house
 
 
 class Loop:
@@ -86,6 +87,7 @@ class Loop:
         self.libvirt: Any = Hypervisor()
         self.service = OnPaper(reconciler, directory / "policy.yaml")
         self.service._hypervisor = self.libvirt
+        self.service._definitions = Definitions(reconciler, self.libvirt.describe)
 
     def turn(self, *items: Any) -> None:
         self.service._turn(list(items))
@@ -207,7 +209,7 @@ def test_a_pcpu_that_goes_offline_makes_it_look_at_everything(loop: Loop) -> Non
     loop.turn(CpusChanged(3, online=False))
 
     assert loop.libvirt.lists == lists + 1
-    assert loop.service.adopted == ["0-1"]
+    assert loop.service.adopted[-1] == "0-1"
     assert loop.said(Kind.HOTPLUG) == []
 
 
