@@ -6,10 +6,10 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint deb clean
+.PHONY: help venv demo test lint deb lab lab-test lab-smoke clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: ## build .venv with rtpind and rtpinctl in .venv/bin
 	@tools/setup venv
@@ -33,6 +33,15 @@ lint: ## ruff, mypy --strict and the import contracts
 
 deb: ## build dist/rtpind_VERSION_all.deb (root for build packages)
 	@tools/deb
+
+lab: ## build the images of the lab that are missing (root; minutes)
+	@tools/lab build
+
+lab-test: ## boot whole realtime hosts and test the package on them; ARGS="-k word" (root; under half an hour)
+	@tools/lab test $(ARGS)
+
+lab-smoke: ## the few of these tests that CI runs (root; some minutes)
+	@tools/lab smoke $(ARGS)
 
 clean: ## remove .venv and everything else that was built
 	rm -rf .venv .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -45,7 +45,7 @@ _XML = """
   <memory unit='MiB'>16</memory>{memory}
   <vcpu placement='static'{cpuset} current='{vcpus}'>{max_vcpus}</vcpu>
   <iothreads>{iothreads}</iothreads>{cputune}
-  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='fd'/></os>
+  <os><type arch='x86_64' machine='pc'>hvm</type>{loader}<boot dev='fd'/></os>
   <features><acpi/></features>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
@@ -194,12 +194,14 @@ class Lab:
         devices: str = "",
         shared: bool = False,
         paused: bool = False,
+        firmware: bool = True,
     ) -> Guest:
-        """Start a guest ``PREFIX-name``. ``kind``: qemu (TCG) or kvm. Raises libvirt.libvirtError."""
-        image = self._dir / f"{boot}.img"
-        if not image.exists():
-            image.write_bytes(BOOT[boot].ljust(510, b"\0") + b"\x55\xaa")
-            image.chmod(0o644)
+        """Start a guest ``PREFIX-name``. ``kind``: qemu (TCG) or kvm. Raises libvirt.libvirtError.
+
+        Without ``firmware`` it runs ``idle`` or ``spin`` from its first instruction on.
+        """
+        image = self._file(f"{boot}.img", BOOT[boot].ljust(510, b"\0") + b"\x55\xaa")
+        rom = self._file(f"{boot}.rom", BOOT[boot][:16].ljust(16, b"\0").rjust(0x10000, b"\0"))
         full, uuid = f"{self.prefix}-{name}", str(uuids.uuid4())
         source = "<memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>" if shared else ""
         xml = _XML.format(
@@ -214,11 +216,20 @@ class Lab:
             cpuset=f" cpuset='{cpuset}'" if cpuset else "",
             devices=devices,
             image=image,
+            loader="" if firmware else f"<loader readonly='yes' type='rom'>{rom}</loader>",
         )
         dom = self.conn.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
         guest = Guest(full, uuid, dom)
         self.guests[uuid] = guest
         return guest
+
+    def _file(self, name: str, data: bytes) -> Path:
+        """Return a file that QEMU may read."""
+        path = self._dir / name
+        if not path.exists():
+            path.write_bytes(data)
+            path.chmod(0o644)
+        return path
 
     def reconnect(self) -> None:
         """Connect anew, after libvirtd was restarted."""

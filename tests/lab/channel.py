@@ -40,6 +40,10 @@ class Channel:
         with self._greeted:
             return self._greeted.wait_for(lambda: self.boot not in ("", other_than), timeout_s)
 
+    def greet(self, timeout_s: float) -> None:
+        """Ask an agent that said hello to somebody else which boot this is. Raises ChannelError."""
+        self._hello(str(self.ask(timeout_s, op="hello")[0]["boot"]))
+
     def ask(self, timeout_s: float, payload: bytes = b"", **request: Any) -> Reply:
         """Send a request and wait for its reply. Raises ChannelError."""
         number = next(self._numbers)

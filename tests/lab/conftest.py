@@ -2,7 +2,8 @@
 """Fixtures of the lab: a host for each shape, booted once and shared; each scenario finds it as after installation.
 
 Scenarios run with ``--lab`` or RTPIND_LAB=1 only. ``@pytest.mark.lab("small", "trixie-rt")`` names the shapes that one
-runs on; RTPIND_LAB_TURNS=10 runs each so often. What a failing scenario saw is left in build/lab/.
+runs on; RTPIND_LAB_TURNS=10 runs each so often. With pytest-xdist the scenarios of one shape stay together in one
+worker. What a failing scenario saw is left in build/lab/.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import sys
 from collections.abc import Generator, Iterator
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
-from lab.host import ROOT, LabHost
+from lab.host import RESULTS, LabHost
 from lab.product import install
 from lab.recipe import SHAPES
 from lab.scene import Scene
 
-RESULTS = ROOT / "build/lab"
 #: The first scenario of a shape boots it, and may build its image.
-TIMEOUT_S = 900
+TIMEOUT_S = 1800
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +47,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("host", marker.args or ("bookworm-rt",), indirect=True, scope="session")
 
 
+class ByShape(LoadScopeScheduling):
+    """Keeps the scenarios of one shape together. What xdist has for it, loadgroup, does not work with pytest 9."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((name for name in SHAPES if name in nodeid.partition("[")[2]), nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByShape:
+    return ByShape(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("--lab", default=False) or os.environ.get("RTPIND_LAB") == "1"
     lab = [item for item in items if item.get_closest_marker("lab") is not None]
@@ -56,27 +70,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in lab]
 
 
-FAILED = pytest.StashKey[bool]()
+def pytest_report_teststatus(report: pytest.TestReport | pytest.CollectReport) -> tuple[str, str, str] | None:
+    """Show beside each scenario that passed how long it took."""
+    mine = report.nodeid.startswith("tests/lab/")
+    if mine and report.when == "call" and report.passed and not hasattr(report, "wasxfail"):
+        return "passed", ".", f"PASSED in {report.duration:.0f} s"
+    return None
+
+
+FAILED = pytest.StashKey[str]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        item.stash[FAILED] = True
+        item.stash[FAILED] = report.longreprtext
     return report
 
 
 @pytest.fixture(scope="session")
 def host(request: pytest.FixtureRequest) -> Iterator[LabHost]:
     """A booted lab host with rtpind installed; ended before the next shape boots."""
+    (RESULTS / f"commands-{request.param}.log").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it is shut down then, too
     made = LabHost(SHAPES[request.param])
     _say(request.config, f"booting {request.param} ...")
     try:
         with made:
             install(made)
-            _say(request.config, f"{request.param} is up after {made.boot_s:.0f} s")
+            how = "continues" if made.continued else "has booted"
+            _say(request.config, f"{request.param} {how} after {made.boot_s:.0f} s")
             yield made
     except BaseException:
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -98,8 +122,10 @@ def scene(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
     made = Scene(host)
     made.clear()
     yield made
-    if request.node.stash.get(FAILED, False):
+    failure = request.node.stash.get(FAILED, "")
+    if failure:
         host.dump(directory)
+        (directory / "failure.txt").write_text(failure)
     if host.running():
         made.clear()
 

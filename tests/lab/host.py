@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A booted lab host: commands, files, a look at guests' threads, reboot, and a dump when something went wrong.
 
-The disk is a snapshot: nothing that happens on the host outlives it. QEMU ends with the process that started it.
+Nothing that happens on the host outlives it. QEMU ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lab.channel import Channel, ChannelError, connect
-from lab.image import get
+from lab import saved
+from lab.channel import Channel, ChannelError, Reply, connect
+from lab.image import Built, get
 from lab.recipe import IMAGES, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "build/lab"
 BOOT_S = 300.0
 
 
@@ -50,6 +52,7 @@ class LabHost:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.boot_s = 0.0
+        self.continued = False
         self._dir = Path(tempfile.mkdtemp(prefix=f"rtpind-lab-{shape.name}-", dir="/var/tmp"))
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
@@ -73,21 +76,43 @@ class LabHost:
         return ""
 
     def boot(self) -> None:
-        """Start QEMU and wait until libvirt answers on the lab host. Raises LabError."""
+        """Start QEMU and wait until libvirt answers on the lab host; one that booted before goes on from there.
+
+        Raises LabError.
+        """
         began = time.monotonic()
-        (self._dir / "agent.tar").write_bytes(archive({"agent.py": _file("agent.py"), "inside.py": _file("inside.py")}))
+        image, disk = get(IMAGES[self.shape.image]), self._dir / "disk.qcow2"
+        agent = [_file("agent.py"), _file("inside.py")]
+        (self._dir / "agent.tar").write_bytes(archive({file.name: file for file in agent}))
+        kept = saved.saved(self.shape.name, self._command(image, Path("disk"), Path("dir")), agent)
+        if kept.exists():
+            command = [*self._command(image, kept.disk, self._dir), "-incoming", f"exec:zstd -q -d -c {kept.memory}"]
+        else:
+            saved.overlay(image.disk, disk)
+            command = self._command(image, disk, self._dir)
         with (self._dir / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self._channel = connect(self._dir / "agent.sock")
-        self._wait_until_up("")
+        if kept.exists():
+            self.channel.greet(BOOT_S)
+            self.continued = True
+        else:
+            self._wait_until_up("")
+            self.run("systemctl is-system-running --wait", check=False, timeout_s=BOOT_S)
+            self.run("sync")
+            saved.save(kept, self.shape.name, self._dir / "monitor.sock", disk)
         self.boot_s = time.monotonic() - began
 
-    def _command(self) -> list[str]:
-        shape, image = self.shape, get(IMAGES[self.shape.image])
-        command = ["nice", "-n", "5", "setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
-        command += ["-name", f"rtpind-lab-{shape.name}", "-nodefaults", "-no-user-config", "-display", "none"]
+    def _command(self, image: Built, disk: Path, directory: Path) -> list[str]:
+        shape = self.shape
+        command = ["qemu-system-x86_64", "-name", f"rtpind-lab-{shape.name}"]
+        command += ["-nodefaults", "-no-user-config", "-display", "none"]
         command += ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC", "-smp", shape.smp]
         command += ["-m", f"{shape.memory_mib}M"]
         for number, cpus in enumerate(shape.nodes):
@@ -95,11 +120,13 @@ class LabHost:
             command += ["-object", f"memory-backend-ram,id=m{number},size={size}M"]
             command += ["-numa", f"node,nodeid={number},cpus={cpus},memdev=m{number}"]
         command += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", shape.command_line()]
-        command += ["-drive", f"file={image.disk},if=virtio,format=raw,snapshot=on,cache=unsafe"]
-        command += ["-drive", f"file={self._dir}/agent.tar,if=virtio,format=raw,readonly=on"]
-        command += ["-chardev", f"socket,id=agent,path={self._dir}/agent.sock,server=on,wait=off"]
+        snapshot = "off" if disk.parent == directory else "on"  # what was saved stays as it is
+        command += ["-drive", f"file={disk},if=virtio,format=qcow2,snapshot={snapshot},cache=unsafe"]
+        command += ["-drive", f"file={directory}/agent.tar,if=virtio,format=raw,readonly=on"]
+        command += ["-chardev", f"socket,id=agent,path={directory}/agent.sock,server=on,wait=off"]
         command += ["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=lab.agent"]
-        command += ["-device", "virtio-rng-pci", "-serial", f"file:{self._dir}/console.log"]
+        command += ["-qmp", f"unix:{directory}/monitor.sock,server=on,wait=off"]
+        command += ["-device", "virtio-rng-pci", "-serial", f"file:{directory}/console.log"]
         return command
 
     def _wait_until_up(self, last_boot: str) -> None:
@@ -126,7 +153,7 @@ class LabHost:
         command: str | Sequence[str],
         *,
         check: bool = True,
-        timeout_s: float = 60.0,
+        timeout_s: float = 180.0,
         stdin: str | bytes = b"",
         env: Mapping[str, str] | None = None,
     ) -> Done:
@@ -134,10 +161,10 @@ class LabHost:
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         payload = stdin.encode() if isinstance(stdin, str) else stdin
         request = {"op": "run", "argv": argv, "timeout": timeout_s, "env": dict(env or {})}
-        reply, output = self.channel.ask(timeout_s + 30, payload, **request)
+        text = command if isinstance(command, str) else shlex.join(command)
+        reply, output = self._ask(text, timeout_s + 30, payload, **request)
         out, err = output[: int(reply["out"])], output[int(reply["out"]) :]
         done = Done(int(reply["code"]), out.decode(errors="replace"), err.decode(errors="replace"))
-        text = command if isinstance(command, str) else shlex.join(command)
         if reply["late"]:
             raise LabError(f"not within {timeout_s:g} s: {text}\n{done}")
         if check and done.code != 0:
@@ -146,7 +173,18 @@ class LabHost:
 
     def call(self, function: str, timeout_s: float = 90.0, **arguments: Any) -> Any:
         """Call a function of :mod:`lab.inside` on the lab host."""
-        return self.channel.ask(timeout_s, op="call", function=function, arguments=arguments)[0]["result"]
+        text = f"{function} {arguments}"
+        return self._ask(text, timeout_s, op="call", function=function, arguments=arguments)[0]["result"]
+
+    def _ask(self, text: str, timeout_s: float, payload: bytes = b"", **request: Any) -> Reply:
+        """Ask the agent, and note in build/lab what that took: where a slow scenario spends its time."""
+        began = time.monotonic()
+        try:
+            return self.channel.ask(timeout_s, payload, **request)
+        finally:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            with (RESULTS / f"commands-{self.shape.name}.log").open("a") as log:
+                log.write(f"{time.strftime('%H:%M:%S')} {time.monotonic() - began:6.2f} s  {text}\n")
 
     def push(self, files: Mapping[str, str | bytes | Path], directory: str = "/") -> None:
         """Write files (name below ``directory`` → content, or a file or tree to copy) on the lab host."""
@@ -156,13 +194,18 @@ class LabHost:
         """Return the text of a file."""
         return self.run(["cat", path]).out
 
-    def wait_for(self, condition: Callable[[], object], what: str, timeout_s: float = 120.0) -> None:
-        """Poll until ``condition`` is true; TimeoutError names ``what`` was waited for, and what was there instead."""
+    def wait_for(
+        self, condition: Callable[[], object], what: str, timeout_s: float = 300.0, *, every_s: float = 0.1
+    ) -> None:
+        """Poll until ``condition`` is true; TimeoutError names ``what`` was waited for, and what was there instead.
+
+        Polling takes CPU time of the lab host: ``every_s`` spares one that has none.
+        """
         deadline = time.monotonic() + timeout_s
         while not (found := condition()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not within {timeout_s:g} s: {what} (at last: {found!r})")
-            time.sleep(0.1)
+            time.sleep(every_s)
 
     def reboot(self) -> None:
         """Restart the lab host and wait until libvirt answers again."""

@@ -21,7 +21,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.recipe import EXCLUDED, FILES, IMAGES, INITRAMFS, MASKED, Image
+from lab import initrd
+from lab.recipe import EXCLUDED, FILES, IMAGES, MASKED, UPGRADE, Image
 
 MIRROR = "http://deb.debian.org/debian"
 SECURITY = "http://deb.debian.org/debian-security"
@@ -95,10 +96,9 @@ def _build(image: Image) -> Built:
         _mmdebstrap(image, root, work / "build.log", began)
         out = work / "out"
         (kernel,) = (root / "boot").glob("vmlinuz-*-rt-*")
-        (initrd,) = (root / "boot").glob("initrd.img-*")
         kernel.rename(out / "vmlinuz")
-        shutil.copyfile(initrd, out / "root-initrd")
-        initrd.unlink()
+        for unused in (root / "boot").glob("initrd.img-*"):
+            unused.unlink()
         versions = _run(["dpkg-query", "--admindir", str(root / "var/lib/dpkg"), "-W"], work / "build.log")
         (out / "packages.txt").write_text(versions)
         (out / "image.json").write_text(json.dumps({"name": image.name, "digest": image.digest()}) + "\n")
@@ -106,7 +106,7 @@ def _build(image: Image) -> Built:
         options = ["-q", "-F", "-t", "ext4", "-m", "0", "-L", "lab", "-E", "lazy_itable_init=1", "-O", "^has_journal"]
         size = f"{image.size_mib}M"
         _run(["mke2fs", *options, "-d", str(root), str(out / "root.img"), size], work / "build.log")
-        (out / "root-initrd").rename(out / "initrd.img")
+        (out / "initrd.img").write_bytes(initrd.make(root))
         _remove(final)
         out.rename(final)
     finally:
@@ -128,15 +128,18 @@ def _mmdebstrap(image: Image, root: Path, log: Path, began: float) -> None:
     command += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
     command += ['--aptopt=APT::Install-Recommends "false"', '--aptopt=Acquire::Retries "3"']
     command += [f"--aptopt={option}" for option in apt_options()]
-    command += [f"--essential-hook={_writing(INITRAMFS)}"]
     enabled = 'systemctl --root="$1" -q enable lab-agent.service'
     masked = f'systemctl --root="$1" -q mask {" ".join(MASKED)}'
     identity = f'echo {image.digest()[:32]} >"$1/etc/machine-id"; mkdir -p "$1/var/log/journal"'
     clean = 'rm -rf "$1"/etc/apt/apt.conf.d/99mmdebstrap "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$1"/var/lib/apt/lists/*'
-    for hook in (_writing(FILES), enabled, masked, identity, clean):
+    for hook in (_writing(FILES), enabled, masked, identity, UPGRADE, clean):
         command += [f"--customize-hook={hook}"]
     process = subprocess.Popen(
-        [*command, image.suite, str(root), *suites], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, image.suite, str(root), *suites],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "INITRD": "No"},  # Debian's kernel package makes none then
     )
     assert process.stdout is not None
     with process.stdout, log.open("w") as file:

@@ -4,9 +4,17 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import tempfile
 from pathlib import Path
 
 from lab.host import ROOT, LabHost
+
+#: The package to test; None: the source tree.
+PACKAGE = Path(os.environ["RTPIND_LAB_DEB"]) if os.environ.get("RTPIND_LAB_DEB") else None
+#: Where packages are put on the lab host.
+INBOX = "/root/dist"
 
 _WRAPPER = '#!/bin/sh\nPYTHONPATH=/opt/rtpind exec /usr/bin/python3 -m {} "$@"\n'
 _UNITS = {
@@ -20,18 +28,34 @@ _UNITS = {
 def install(host: LabHost) -> None:
     """Install the package that RTPIND_LAB_DEB names, or the source tree with the distribution's Python packages."""
     host.push({"opt/rtpind/demo": ROOT / "demo"})
-    package = os.environ.get("RTPIND_LAB_DEB")
-    if package:
-        install_package(host, Path(package))
+    if PACKAGE is not None:
+        install_package(host, PACKAGE)
     else:
         install_source(host)
 
 
 def install_package(host: LabHost, package: Path) -> None:
-    """Install or upgrade to a Debian package; its dependencies are in the image. The service is left stopped."""
-    host.push({f"var/tmp/{package.name}": package})
-    host.run(["apt-get", "-y", "-q", "install", f"/var/tmp/{package.name}"], timeout_s=300)
-    host.run("systemctl disable --now rtpind", timeout_s=90)
+    """Install a Debian package; its dependencies are in the image. dpkg takes two thirds of the time that apt does."""
+    host.run(f"dpkg -i {push_package(host, package)}", timeout_s=300)
+
+
+def push_package(host: LabHost, package: Path) -> str:
+    """Put a package on the lab host, and no other; return where."""
+    host.run(f"rm -rf {INBOX}")
+    host.push({f"{INBOX}/{package.name}": package})
+    return f"{INBOX}/{package.name}"
+
+
+def newer(package: Path, directory: Path) -> Path:
+    """Return the same package with a higher version, made in ``directory``."""
+    with tempfile.TemporaryDirectory(dir=directory) as tree:
+        subprocess.run(["dpkg-deb", "-R", package, tree], check=True)
+        control = Path(tree, "DEBIAN/control")
+        control.write_text(re.sub(r"^(Version: .*)$", r"\1+lab1", control.read_text(), flags=re.MULTILINE))
+        made = directory / package.name.replace("_all", "+lab1_all")
+        command = ["dpkg-deb", "--root-owner-group", "-b", tree, str(made)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return made
 
 
 def install_source(host: LabHost) -> None:
@@ -46,5 +70,5 @@ def install_source(host: LabHost) -> None:
         if (ROOT / "systemd" / name).exists():
             files[target] = ROOT / "systemd" / name
     host.push(files)
-    host.run("python3 -m compileall -q /opt/rtpind", timeout_s=180)
-    host.run("systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload", check=False, timeout_s=90)
+    host.run("python3 -m compileall -q /opt/rtpind")
+    host.run("systemd-sysusers && systemd-tmpfiles --create && systemctl daemon-reload", check=False)

@@ -7,14 +7,16 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
+from lab import initrd
+
 #: Raise it when :mod:`lab.image` makes something else of the same recipe.
-BUILD = 2
+BUILD = 3
 
 #: Everything of Debian that rtpind, the guests and the scenarios use. No network tools: a lab host has no network.
 PACKAGES = (
+    "busybox-static",
     "dbus",
     "init",
-    "initramfs-tools",
     "kmod",
     "libvirt-clients",
     "libvirt-daemon-driver-qemu",
@@ -52,20 +54,45 @@ MASKED = (
     "getty@tty1.service",
     "libvirt-guests.service",  # waits 300 s for the guests at shutdown
     "man-db.timer",
+    "modprobe@configfs.service",
+    "modprobe@dm_mod.service",
+    "modprobe@drm.service",
+    "modprobe@efi_pstore.service",
+    "modprobe@fuse.service",
+    "modprobe@loop.service",
     "netplan-configure.service",
     "networking.service",
+    "proc-sys-fs-binfmt_misc.automount",
     "serial-getty@ttyS0.service",
+    "sys-fs-fuse-connections.mount",
+    "sys-kernel-config.mount",
+    "systemd-binfmt.service",
     "systemd-networkd-wait-online.service",
     "systemd-pcrphase-sysinit.service",
     "systemd-pcrphase.service",
     "systemd-timesyncd.service",
+    "systemd-update-utmp-runlevel.service",
+    "systemd-update-utmp.service",
 )
 
-#: Makes the initial RAM disk small: TCG unpacks slowly.
-INITRAMFS = {
-    "/etc/initramfs-tools/conf.d/lab": "MODULES=list\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\nRESUME=none\nFSTYPE=ext4\n",
-    "/etc/initramfs-tools/modules": "virtio_pci\nvirtio_blk\next4\ncrc32c_generic\n",
-}
+#: Shell, run on the building machine with the tree as $1: puts packages of libvirt there that are newer by version
+#: and otherwise the same, so that a host without a network can upgrade.
+UPGRADE = """\
+set -e
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+names=$(dpkg-query --admindir="$1/var/lib/dpkg" -W -f '${source:Package} ${Package}\\n' | sed -n 's/^libvirt //p')
+APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-get -q download $names
+mkdir -p "$1/var/lib/lab/upgrade"
+for file in *.deb; do
+    version=$(dpkg-deb -f "$file" Version)
+    dpkg-deb -R "$file" tree
+    sed -i "s/$version/$version+lab1/g" tree/DEBIAN/control
+    dpkg-deb --root-owner-group -Znone -b tree "$1/var/lib/lab/upgrade" >/dev/null
+    rm -r tree
+done
+"""
 
 #: The second disk is a tar archive: what starts the agent comes with each boot, not with the image.
 FILES = {
@@ -112,7 +139,7 @@ class Image:
 
     def digest(self) -> str:
         """Return a hash of everything that decides what is in the image, but the archive's state."""
-        parts = [BUILD, asdict(self), MASKED, INITRAMFS, FILES, EXCLUDED]
+        parts = [BUILD, asdict(self), MASKED, UPGRADE, FILES, EXCLUDED, initrd.INIT, initrd.MODULES]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

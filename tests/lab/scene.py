@@ -19,7 +19,7 @@ POLICY = """\
 version: 1
 mode: {mode}
 pools:
-  realtime: isolated
+  realtime: {pool!r}
 classes:
   realtime:
     vcpu: {{pool: realtime, exclusive: thread, scheduler: fifo, priority: 1}}
@@ -35,11 +35,16 @@ daemon: {{period: {period}}}
 
 
 def policy(
-    *rules: tuple[str, str], mode: str = "enforce", drift: str = "repair", period: str = "2s", more: str = ""
+    *rules: tuple[str, str],
+    mode: str = "enforce",
+    pool: str = "isolated",
+    drift: str = "repair",
+    period: str = "2s",
+    more: str = "",
 ) -> str:
-    """Return a policy with rules (glob of names, class)."""
+    """Return a policy with rules (glob of names, class); ``pool`` is where vCPUs go."""
     lines = "\n".join(f"  - {{name: {name!r}, class: {class_}}}" for name, class_ in rules)
-    return POLICY.format(mode=mode, rules=lines or "  []", drift=drift, period=period) + more
+    return POLICY.format(mode=mode, pool=pool, rules=lines or "  []", drift=drift, period=period) + more
 
 
 #: pCPUs, policy with RESET_ON_FORK, priority: what rtpind may change.
@@ -97,14 +102,6 @@ class Guest:
         """Return all its other threads."""
         return [thread for thread in self.threads() if not thread.vcpu]
 
-    def booted(self) -> bool:
-        """Whether it runs its boot sector, and the QEMU worker that read it has ended.
-
-        Such a worker is born on the pCPU of the vCPU that asked for it.
-        """
-        registers = self.host.run(f"virsh -q qemu-monitor-command --hmp {self.name} 'info registers'").out
-        return bool(re.search(r"IP=0+7c", registers)) and "worker" not in {thread.comm for thread in self.threads()}
-
     def virsh(self, words: str, *, check: bool = True) -> Done:
         """Run virsh; ``{}`` in ``words`` stands for the guest's name."""
         return self.host.run(f"virsh -q {words.format(self.name)}", check=check)
@@ -148,12 +145,12 @@ class Scene:
         if text is not None:
             self.write_policy(text)
         seen = self.count("connected to libvirt")
-        self.run("systemctl start rtpind", timeout_s=90)
+        self.run("systemctl start rtpind")
         self.wait_for(lambda: self.count("connected to libvirt") > seen, "rtpind has connected to libvirt")
 
     def ctl(self, *words: str) -> Done:
         """Run rtpinctl."""
-        return self.run(["rtpinctl", *words], check=False, timeout_s=90)
+        return self.run(["rtpinctl", *words], check=False)
 
     def ctl_json(self, *words: str) -> Any:
         """Run rtpinctl --json and return its document."""
@@ -161,7 +158,7 @@ class Scene:
         assert done.out.strip(), str(done)
         return json.loads(done.out)
 
-    def wait_verified(self, timeout_s: float = 120.0) -> None:
+    def wait_verified(self, timeout_s: float = 300.0) -> None:
         """Wait until ``rtpinctl verify`` is content."""
         last: list[Done] = []
 
@@ -178,9 +175,18 @@ class Scene:
         """Return the policy file as it ships."""
         return (ROOT / "etc/rtpind.yaml").read_text()
 
+    def status(self) -> dict[str, Any]:
+        """Return the daemon's own document of ``rtpinctl status``."""
+        return dict(self.host.call("status"))
+
+    def fact(self, name: str) -> dict[str, Any]:
+        """Return one of the facts of the host in the header of ``rtpinctl status``."""
+        (found,) = [fact for fact in self.status()["host"]["facts"] if fact["name"] == name]
+        return dict(found)
+
     def verdicts(self, guest: Guest) -> list[dict[str, Any]]:
         """Return what ``rtpinctl status`` says of a guest's threads."""
-        found = self.ctl_json("status", guest.name)["guests"]
+        found = [found for found in self.status()["guests"] if found["name"] == guest.name]
         return list(found[0]["threads"]) if found else []
 
     def verdict(self, guest: Guest, role: str) -> set[str]:
@@ -197,8 +203,8 @@ class Scene:
 
     def passes(self, count: int = 2) -> None:
         """Wait until the daemon has made that many further full passes."""
-        target = int(self.ctl_json("status")["daemon"]["passes"]) + count
-        self.wait_for(lambda: int(self.ctl_json("status")["daemon"]["passes"]) >= target, f"{count} more passes")
+        target = int(self.status()["daemon"]["passes"]) + count
+        self.wait_for(lambda: int(self.status()["daemon"]["passes"]) >= target, f"{count} more passes", every_s=1)
 
     def records(self) -> list[str]:
         """Return rtpind's records since the scenario began."""
@@ -237,25 +243,44 @@ class Scene:
             and all(thread.cpus == self.housekeeping and not thread.fifo for thread in threads if not thread.vcpu)
         )
 
+    def placed(self, *names: str, **options: Any) -> list[Guest]:
+        """Start rtpind, then guests, and wait until all their threads are on their place."""
+        self.start(policy(("rt-*", "realtime")))
+        guests = self.guests(*names, **options)
+        self.wait_for(lambda: self.alone(guests), "each vCPU is alone on its pCPU at FIFO")
+        self.wait_verified()
+        return guests
+
+    def moved(self, guests: Sequence[Guest], before: Sequence[Mapping[int, Place]]) -> list[tuple[Thread, Place]]:
+        """Return every thread of guests whose place is another than before."""
+        return [found for guest, places in zip(guests, before, strict=True) for found in guest.moved(places)]
+
     def clear(self) -> None:
         """End guests and rtpind and forget what it knew; the host is as after the installation."""
         self.host.call("destroy", names=[])
         self.run("systemctl stop rtpind; systemctl reset-failed rtpind; rm -rf /run/rtpind", check=False)
         left = "$(virsh -q list --all --name)"
-        self.run(f"for name in {left}; do virsh -q destroy $name; virsh -q undefine $name; done", check=False)
+        self.run(
+            f"for name in {left}; do virsh -q destroy $name; virsh -q undefine --managed-save $name; done", check=False
+        )
 
 
 def violations(guests: Iterable[Guest]) -> list[tuple[str, str]]:
     """Return every (FIFO vCPU, thread that may run beside it) that breaks promise 1, as the kernel shows it."""
-    threads = [(guest, thread) for guest in guests for thread in guest.threads()]
+    return violations_among((guest.name, thread) for guest in guests for thread in guest.threads())
+
+
+def violations_among(threads: Iterable[tuple[str, Thread]]) -> list[tuple[str, str]]:
+    """Return the same of these (guest, thread)."""
+    found = list(threads)
     return [
-        (f"{guest.name} {vcpu.comm} {vcpu.cpus}", f"{other_guest.name} {other.comm} {other.cpus}")
-        for guest, vcpu in threads
+        (f"{guest} {vcpu.comm} {vcpu.cpus}", f"{other_guest} {other.comm} {other.cpus}")
+        for guest, vcpu in found
         if vcpu.vcpu and vcpu.fifo
-        for other_guest, other in threads
+        for other_guest, other in found
         if other.tid != vcpu.tid
         and set(other.cpus) & set(vcpu.cpus)
-        and not (other_guest is guest and other.fifo and other.priority > vcpu.priority)
+        and not (other_guest == guest and other.fifo and other.priority > vcpu.priority)
     ]
 
 

@@ -3,31 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
-from lab.scene import Guest, Place, Scene, policy
+from lab.scene import Scene, policy
 
 pytestmark = pytest.mark.lab("bookworm-rt")
-
-
-def placed(scene: Scene, *names: str, **options: object) -> list[Guest]:
-    scene.start(policy(("rt-*", "realtime")))
-    guests = scene.guests(*names, **options)
-    scene.wait_for(lambda: scene.alone(guests), "each vCPU is alone on its pCPU at FIFO")
-    scene.wait_verified()
-    return guests
-
-
-def moved(guests: Sequence[Guest], before: Sequence[dict[int, Place]]) -> list[object]:
-    return [found for guest, places in zip(guests, before, strict=True) for found in guest.moved(places)]
 
 
 @pytest.mark.lab("bookworm-rt", "trixie-rt")
 def test_libvirtd_is_restarted(scene: Scene) -> None:
     """No thread changes; rtpind connects again and places the next guest."""
-    (guest,) = placed(scene, "one")
+    (guest,) = scene.placed("one")
     before = guest.places()
     connected = scene.count("connected to libvirt")
 
@@ -43,7 +29,7 @@ def test_libvirtd_is_restarted(scene: Scene) -> None:
 @pytest.mark.smoke
 def test_killed_and_started_again(scene: Scene) -> None:
     """After kill -9 systemd starts it again; no thread changes, nothing is done twice, originals are still known."""
-    guests = placed(scene, "one", "two")
+    guests = scene.placed("one", "two")
     before = [guest.places() for guest in guests]
     pid, steps = scene.pid(), scene.steps()
 
@@ -51,21 +37,21 @@ def test_killed_and_started_again(scene: Scene) -> None:
     scene.wait_for(lambda: scene.pid() not in (0, pid), "systemd starts it again")
     scene.wait_verified()
 
-    assert moved(guests, before) == []
+    assert scene.moved(guests, before) == []
     assert scene.steps() == steps
 
 
 def test_stopped_hung_and_restarted(scene: Scene) -> None:
     """Stopping, and a watchdog that fires, leave the guests placed."""
-    (guest,) = placed(scene, "one")
+    (guest,) = scene.placed("one")
     before, pid = guest.places(), scene.pid()
 
     scene.run(f"kill -STOP {pid}")
-    scene.wait_for(lambda: scene.pid() not in (0, pid), "the watchdog has it started again", 180)
+    scene.wait_for(lambda: scene.pid() not in (0, pid), "the watchdog has it started again")
     assert guest.moved(before) == []
     scene.wait_verified()
 
-    scene.run("systemctl stop rtpind", timeout_s=90)
+    scene.run("systemctl stop rtpind")
     assert guest.moved(before) == []
 
 
@@ -90,12 +76,12 @@ def test_release_puts_back_what_was(scene: Scene) -> None:
     assert scene.ctl("manage", guests[0].name).code == 0
     scene.wait_for(lambda: scene.alone(guests), "both are placed")
     assert scene.ctl("release", "--all").code == 0
-    assert moved(guests, before) == []
+    assert scene.moved(guests, before) == []
 
 
 def test_journald_is_stopped_and_started(scene: Scene) -> None:
     """Without journald guests are placed all the same; when it is back, records arrive again."""
-    (guest,) = placed(scene, "one")
+    (guest,) = scene.placed("one")
 
     scene.run("systemctl stop systemd-journald.socket systemd-journald-dev-log.socket systemd-journald", check=False)
     second = scene.guest("two")

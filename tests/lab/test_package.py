@@ -1,61 +1,62 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The Debian package: installed nothing changes by surprise, upgraded and removed guests stay, purged nothing is left.
 
-Runs when RTPIND_LAB_DEB names a package; then all other scenarios run with the package, too.
+All other scenarios run with the package, too.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from lab.product import install_package
-from lab.scene import Scene, policy
-
-PACKAGE = os.environ.get("RTPIND_LAB_DEB", "")
+from lab.product import PACKAGE, install_package, newer, push_package
+from lab.scene import Scene
 
 pytestmark = [
     pytest.mark.lab("bookworm-rt", "trixie-rt"),
-    pytest.mark.skipif(not PACKAGE, reason="RTPIND_LAB_DEB names no package"),
+    pytest.mark.skipif(PACKAGE is None, reason="RTPIND_LAB_DEB names no package"),
 ]
 
+#: Where the lab itself keeps something of that name, and what of the package Debian keeps after a purge.
+KEPT = ("/opt", "/root", "/var/log", "/run/lab")
 
-def test_upgraded_removed_and_purged_with_guests_running(scene: Scene) -> None:
-    """Guests' threads stay through upgrade and removal; after a purge no file is left."""
-    guests = scene.guests("one", "two")
-    scene.start(policy(("rt-*", "realtime")))
-    scene.wait_for(lambda: scene.alone(guests), "each vCPU is alone on its pCPU at FIFO")
+
+def test_upgraded_removed_and_purged_with_guests_running(scene: Scene, tmp_path: Path) -> None:
+    """Guests' threads stay through upgrade and removal; the upgraded daemon runs; after a purge no file is left."""
+    assert PACKAGE is not None
+    guests = scene.placed("one", "two")
     before = [guest.places() for guest in guests]
-
-    def moved() -> list[object]:
-        return [found for guest, places in zip(guests, before, strict=True) for found in guest.moved(places)]
+    pid, steps = scene.pid(), scene.steps()
 
     try:
-        scene.run(f"apt-get -y -q install --reinstall /var/tmp/{Path(PACKAGE).name}", timeout_s=300)
-        scene.wait_for(lambda: scene.pid() != 0, "rtpind runs after the upgrade")
+        upgrade = push_package(scene.host, newer(PACKAGE, tmp_path))
+        scene.run(f"apt-get -y -q install {upgrade}", timeout_s=300)
+        assert scene.run("dpkg-query -W -f '${Version}' rtpind").out.endswith("+lab1")
+        scene.wait_for(lambda: scene.pid() not in (0, pid), "the upgraded rtpind runs")
         scene.wait_verified()
         assert "rt-*" in scene.host.read("/etc/rtpind.yaml")
-        assert moved() == []
+        assert scene.steps() == steps
+        assert scene.moved(guests, before) == []
 
         scene.run("apt-get -y -q remove rtpind", timeout_s=300)
         assert scene.run("systemctl is-active rtpind", check=False).code != 0
-        assert moved() == []
+        assert scene.moved(guests, before) == []
 
         scene.run("apt-get -y -q purge rtpind", timeout_s=300)
-        places = "/etc/rtpind.yaml* /run/rtpind* /usr/bin/rtpin* /usr/share/rtpind* /lib/systemd/system/rtpind*"
-        assert scene.run(f"ls -d {places}", check=False).out == ""
-        assert moved() == []
+        pruned = " -o ".join(f"-path {path}" for path in KEPT)
+        assert scene.run(f"find / /run -xdev \\( {pruned} \\) -prune -o -name '*rtpin*' -print").out == ""
+        assert scene.moved(guests, before) == []
     finally:
-        install_package(scene.host, Path(PACKAGE))
+        scene.run("dpkg --purge rtpind", check=False, timeout_s=300)
+        install_package(scene.host, PACKAGE)
 
 
 def test_as_installed_it_neither_runs_nor_acts(scene: Scene) -> None:
     """Not started by the installation; the shipped policy observes; the unit is well confined."""
+    assert PACKAGE is not None
     scene.run("apt-get -y -q purge rtpind", timeout_s=300)
-    scene.host.push({f"var/tmp/{Path(PACKAGE).name}": Path(PACKAGE)})
-    scene.run(f"apt-get -y -q install /var/tmp/{Path(PACKAGE).name}", timeout_s=300)
+    scene.run(f"apt-get -y -q install {push_package(scene.host, PACKAGE)}", timeout_s=300)
 
     assert scene.run("systemctl is-active rtpind", check=False).out.strip() == "inactive"
     assert scene.ctl("check-config").code == 0
