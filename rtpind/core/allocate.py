@@ -7,7 +7,8 @@ equals the fullest, among those the lowest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.policy import Siblings
@@ -23,29 +24,27 @@ def choose(
     gets pCPUs of one core for vCPUs of one core, as far as there are.
     """
     if siblings is Siblings.IDLE:
-        free = CpuSet((topology.siblings(cpu) & free).first() for cpu in free)
+        free -= topology.above(free)  # one of each core
+    paired = threads > 1 or siblings is Siblings.SAME_GUEST
     for area in areas:
         for kind in (*topology.domains, (area,)):
             rooms = [room for domain in kind if len(room := domain & area & free) >= count]
             if rooms:
                 best = min(rooms, key=lambda room: (len(room), room.first()))
-                order = _paired if threads > 1 or siblings is Siblings.SAME_GUEST else _spread
-                return tuple(order(best, topology)[:count])
+                return tuple(islice((_paired if paired else _spread)(best, topology), count))
     return ()
 
 
-def _paired(cpus: CpuSet, topology: Topology) -> list[int]:
-    """Order pCPUs core by core, whole cores first."""
-    return sorted(
-        cpus, key=lambda cpu: (-len(topology.siblings(cpu) & cpus), (topology.siblings(cpu) & cpus).first(), cpu)
-    )
+def _paired(cpus: CpuSet, topology: Topology) -> Iterator[int]:
+    """Yield pCPUs core by core, whole cores first."""
+    halves = cpus & topology.beside(CpuSet(topology.cores) - cpus)
+    for part in (cpus - halves, halves):
+        for cpu in part - topology.above(part):
+            yield from topology.siblings(cpu) & part
 
 
-def _spread(cpus: CpuSet, topology: Topology) -> list[int]:
-    """Order pCPUs so that idle cores come before the siblings of pCPUs that are in use."""
-
-    def beside(cpu: int) -> int:
-        core = topology.siblings(cpu)
-        return len(core - cpus) + sum(other < cpu for other in core & cpus)
-
-    return sorted(cpus, key=lambda cpu: (beside(cpu), cpu))
+def _spread(cpus: CpuSet, topology: Topology) -> Iterator[int]:
+    """Yield pCPUs so that idle cores come before the siblings of pCPUs that are in use."""
+    crowded = cpus & (topology.above(cpus) | topology.beside(CpuSet(topology.cores) - cpus))
+    yield from cpus - crowded
+    yield from crowded

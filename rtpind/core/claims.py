@@ -22,29 +22,41 @@ class Claims:
     def __init__(self, topology: Topology, shared: CpuSet = NO_CPUS) -> None:
         self._topology = topology
         self._shared = shared
-        self._holder: dict[int, str] = {}  # pCPU → UUID, of what is given out or kept for its sibling
+        self._held: dict[str, CpuSet] = {}  # UUID → what is given to it or kept beside that
+        self._given = NO_CPUS
         self._blocked: dict[int, dict[str, str]] = {}  # pCPU → UUIDs of the guests narrowed to it, and their texts
         self._own_blocks: dict[str, CpuSet] = {}
         self._foreign = NO_CPUS  # every blocked pCPU
         self.owners: dict[int, str] = {}  # pCPU → ``UUID: vcpu 0``
-        self.had: dict[int, str] = {}  # pCPU → UUID, of places given before that are still to be asked for
+        self._had: dict[str, CpuSet] = {}  # UUID → places given before that are still to be asked for
+        self._all_had = NO_CPUS
         self.taken = NO_CPUS  # all that is given out, and the siblings kept idle
 
     def give(self, cpu: int, uuid: str, label: str, siblings: Siblings) -> None:
         """Give ``cpu`` to a guest's ``label``, and its siblings with it unless they are to be ignored."""
         self.owners[cpu] = f"{uuid}: {label}"
         kept = CpuSet([cpu]) if siblings is Siblings.IGNORE else self._topology.siblings(cpu)
-        for each in kept:
-            self._holder[each] = uuid
+        self._held[uuid] = self._held.get(uuid, NO_CPUS) | kept
+        self._given |= CpuSet([cpu])
         self.taken |= kept
+
+    def expect(self, cpus: CpuSet, uuid: str) -> None:
+        """Keep others from having ``cpus`` as idle siblings: a guest was given them before, and is about to ask."""
+        self._had[uuid] = self._had.get(uuid, NO_CPUS) | cpus
+        self._all_had |= cpus
+
+    def expect_no_more(self) -> None:
+        """Forget what was expected: who was to ask has."""
+        self._had.clear()
+        self._all_had = NO_CPUS
 
     def take_back(self, uuid: str) -> None:
         """Take back all that a guest was given."""
-        if uuid not in self._holder.values():
-            return
-        self.owners = {cpu: owner for cpu, owner in self.owners.items() if self._holder[cpu] != uuid}
-        self._holder = {cpu: holder for cpu, holder in self._holder.items() if holder != uuid}
-        self.taken = CpuSet(self._holder)
+        held = self._held.pop(uuid, NO_CPUS)
+        for cpu in held & self._given:
+            del self.owners[cpu]
+        self._given -= held
+        self.taken -= held
 
     def block(self, cpus: CpuSet, uuid: str, text: str) -> None:
         """Keep what is given to other guests off ``cpus``; the first text for a guest stands."""
@@ -59,29 +71,22 @@ class Claims:
 
     def free(self, cpus: CpuSet, uuid: str, *, beside: str | None = None) -> CpuSet:
         """Return those of ``cpus`` that a guest may be given; ``beside``: whose narrowed threads it may join."""
-        kept = CpuSet(cpu for cpu in cpus & self.taken if self._holder[cpu] == uuid and cpu not in self.owners)
-        allowed = {uuid, beside}
+        kept = cpus & self._held.get(uuid, NO_CPUS) - self._given
+        return ((cpus - self.taken) | kept) - self._blocks(uuid, beside)
+
+    def _blocks(self, uuid: str, beside: str | None = None) -> CpuSet:
+        """Return what others than ``uuid`` and ``beside`` are narrowed to."""
         own = self._own_blocks.get(uuid, NO_CPUS)
         if beside is not None:
             own |= self._own_blocks.get(beside, NO_CPUS)
-        joined = CpuSet(cpu for cpu in cpus & own if self._blocked[cpu].keys() <= allowed)
-        return ((cpus - self.taken) | kept) - (self._foreign - joined)
+        return self._foreign - CpuSet(cpu for cpu in own if self._blocked[cpu].keys() <= {uuid, beside})
 
     def alone(self, cpus: CpuSet, uuid: str, siblings: Siblings) -> CpuSet:
         """Return those of ``cpus`` whose siblings can be kept as asked: idle, or for the same guest."""
         if siblings is Siblings.IGNORE:
             return cpus
-        return CpuSet(
-            cpu for cpu in cpus if self._can_keep(self._topology.siblings(cpu) - CpuSet([cpu]), uuid, siblings)
-        )
-
-    def _can_keep(self, beside: CpuSet, uuid: str, siblings: Siblings) -> bool:
-        if beside & self._shared:
-            return False
-        return all(
-            not (self._blocked.get(cpu, {}).keys() - {uuid})
-            and self._holder.get(cpu, uuid) == uuid
-            and self.had.get(cpu, uuid) == uuid
-            and not (siblings is Siblings.IDLE and (cpu in self.owners or cpu in self.had))
-            for cpu in beside
-        )
+        others = self._shared | self._blocks(uuid) | (self.taken - self._held.get(uuid, NO_CPUS))
+        others |= self._all_had - self._had.get(uuid, NO_CPUS)
+        if siblings is Siblings.IDLE:
+            others |= self._given | self._had.get(uuid, NO_CPUS)
+        return cpus - self._topology.beside(others)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from rtpind.core.cpuset import NO_CPUS, CpuSet
 from rtpind.core.topology import Topology
@@ -67,8 +68,7 @@ class Placement:
     scheduling: Scheduling = OTHER
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ThreadId:
+class ThreadId(NamedTuple):
     """Who a thread is: its guest's QEMU process and the thread itself, each with its start time.
 
     Start times are clock ticks after boot (field 22 of stat): they make a reused number another thread.

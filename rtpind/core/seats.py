@@ -47,14 +47,13 @@ class Seats:
         """
         slots = [(item, slot) for item in items for slot in item.slots]
         for item, slot in slots:
-            for cpu in self._former(slot):
-                self._claims.had[cpu] = item.guest.uuid
+            self._claims.expect(self._former(slot), item.guest.uuid)
         for strict in (True, False):
             for remembered in (True, False):
                 for item, slot in slots:
                     if not self._has(item, slot):
                         self._keep_slot(item, slot, strict=strict, remembered=remembered)
-        self._claims.had.clear()
+        self._claims.expect_no_more()
 
     def uncrowd(self, items: list[Item]) -> None:
         """Give guests whose siblings are in use a core of their own, now that there may be room."""
@@ -198,9 +197,7 @@ class Seats:
         """Return where to look for pCPUs, the best first: close to the guest's others, then to its memory."""
         found: list[CpuSet] = []
         numa, near = self._inputs.options(pool).numa, self._inputs.near(item.guest)
-        others = (
-            CpuSet(cpu for (uuid, _), cpu in self._given.items() if uuid == item.guest.uuid) if self._given else NO_CPUS
-        )
+        others = CpuSet(cpu for slot in item.slots if (cpu := self.cpu(item, slot)) is not None)
         if others:
             found += [domain for kind in self._inputs.host.topology.domains for domain in kind if domain & others]
         if numa is not Numa.IGNORE and near:

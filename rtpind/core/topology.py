@@ -26,6 +26,31 @@ class Topology:
         """Return the pCPUs of the core of ``cpu``, itself included."""
         return self.cores.get(cpu) or CpuSet([cpu])
 
+    def beside(self, cpus: CpuSet) -> CpuSet:
+        """Return the pCPUs that have a sibling other than themselves in ``cpus``."""
+        found = 0
+        for distance, lower in self._pairs.items():
+            found |= (cpus.mask >> distance) & lower | (cpus.mask & lower) << distance
+        return CpuSet.of_mask(found)
+
+    def above(self, cpus: CpuSet) -> CpuSet:
+        """Return the pCPUs that have a lower sibling in ``cpus``."""
+        found = 0
+        for distance, lower in self._pairs.items():
+            found |= (cpus.mask & lower) << distance
+        return CpuSet.of_mask(found)
+
+    @cached_property
+    def _pairs(self) -> dict[int, int]:
+        """Distance → mask of the lower ones of two siblings so far apart: a few shifts then do for any set of pCPUs."""
+        found: dict[int, int] = {}
+        for core in set(self.cores.values()):
+            members = list(core)
+            for number, lower in enumerate(members):
+                for upper in members[number + 1 :]:
+                    found[upper - lower] = found.get(upper - lower, 0) | 1 << lower
+        return found
+
     def of_nodes(self, nodes: CpuSet) -> CpuSet:
         """Return the pCPUs of NUMA ``nodes``."""
         found = NO_CPUS

@@ -273,7 +273,7 @@ def test_recording_keeps_who_is_left_alone():
 def test_reused_thread_number_is_another_thread():
     """A thread with the number of a recorded one, begun later, gets an original of its own."""
     old = find(guest(), "vcpu 0")
-    new = replace(old, id=replace(old.id, start=START + 1))
+    new = replace(old, id=old.id._replace(start=START + 1))
 
     assert set(Ledger().recording([old]).recording([new]).originals) == {old.id, new.id}
 

@@ -1330,7 +1330,7 @@ def test_newcomers_move_no_placed_guest(world, late):
             one,
             uuid=f"late-{one.uuid}",
             threads=tuple(
-                replace(thread, guest=f"late-{one.uuid}", id=replace(thread.id, pid=thread.id.pid + 9))
+                replace(thread, guest=f"late-{one.uuid}", id=thread.id._replace(pid=thread.id.pid + 9))
                 for thread in one.threads
             ),
         )

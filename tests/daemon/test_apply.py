@@ -176,7 +176,7 @@ def test_nothing_is_done_to_a_thread_that_took_a_number_over() -> None:
     """The same tid with another start time is another thread."""
     world, vcpu = one()
     seen = world.snapshot()
-    world.change(vcpu.id.tid, id=replace(vcpu.id, start=999))
+    world.change(vcpu.id.tid, id=vcpu.id._replace(start=999))
     told: list[Outcome] = []
 
     assert results(apply(Plan(steps=(step(vcpu, Phase.ENTER, "2"),)), seen, world, told.append)) == ["vanished"]
@@ -299,7 +299,7 @@ def test_the_real_kernel_knows_a_thread_by_its_start_time() -> None:
     proc = Proc(Path("/"))
     kernel = RealKernel(proc, Cgroups(Path("/")))
     me = own_thread(proc)
-    other = replace(me, id=replace(me.id, start=me.id.start + 1))
+    other = replace(me, id=me.id._replace(start=me.id.start + 1))
     gone = replace(me, id=ThreadId(2**22, 1, 2**22, 1))
     now = kernel.read(me)
 
