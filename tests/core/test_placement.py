@@ -942,7 +942,7 @@ def test_room_for_threads_that_are_not_settled_goes_by_age():
 @pytest.mark.parametrize("tid", [1, 9999])
 def test_two_claimants_of_one_vcpu_need_one_pcpu(tid):
     """A thread that claims a settled vCPU's name takes no second pCPU, and does not draw the vCPU to its own."""
-    forger = replace(unsettled(0, on="6"), id=replace(thread_id(), tid=tid))
+    forger = replace(unsettled(0, on="6"), id=thread_id()._replace(tid=tid))
 
     decision = decide(put(guest("rt-1", vcpus=1, extra=[forger]), {}))
 
@@ -953,7 +953,7 @@ def test_two_claimants_of_one_vcpu_need_one_pcpu(tid):
 
 def test_doubtful_claimants_need_one_pcpu():
     """Two threads of which nobody knows yet which is the vCPU have room for one."""
-    two = [replace(unsettled(0), id=replace(thread_id(), tid=tid)) for tid in (7, 8)]
+    two = [replace(unsettled(0), id=thread_id()._replace(tid=tid)) for tid in (7, 8)]
 
     decision = decide(guest("rt-1", vcpus=0, extra=two))
 
