@@ -195,7 +195,7 @@ class LabHost:
         return self.run(["cat", path]).out
 
     def wait_for(
-        self, condition: Callable[[], object], what: str, timeout_s: float = 300.0, *, every_s: float = 0.1
+        self, condition: Callable[[], object], what: str, timeout_s: float = 300.0, *, every_s: float = 0.3
     ) -> None:
         """Poll until ``condition`` is true; TimeoutError names ``what`` was waited for, and what was there instead.
 

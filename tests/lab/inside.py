@@ -66,7 +66,9 @@ def domain(name: str, method: str, arguments: list[Any]) -> Any:
 def threads(pid: int) -> list[dict[str, Any]]:
     """Return the threads of a QEMU, its vhost and PIT workers."""
     tids = {int(tid) for tid in _list(f"/proc/{pid}/task")}
-    tids |= {other for other in map(int, filter(str.isdigit, os.listdir("/proc"))) if _comm(other) in _workers(pid)}
+    # A worker that is a kernel thread began after its QEMU: no need to read the names of all the host's.
+    later = (other for other in map(int, filter(str.isdigit, os.listdir("/proc"))) if other > pid)
+    tids |= {other for other in later if _comm(other) in _workers(pid)}
     seen = (thread(tid) for tid in sorted(tids))
     return [found for found in seen if found is not None]
 

@@ -78,6 +78,7 @@ def traced(scene: Scene, text: str, arrived: Callable[[], bool]) -> list[Call]:
         scene.write_policy(text)
         scene.run("systemctl reload rtpind")
         scene.wait_for(arrived, "every thread is on its place")
+        scene.status()  # the daemon goes on only after strace has seen the end of its last call
     finally:
         scene.run("pkill -x strace")
         scene.wait_for(lambda: scene.run("pgrep -x strace", check=False).code != 0, "the trace is written")

@@ -75,7 +75,7 @@ def test_the_operators_section(scene: Scene) -> None:
     scene.run("rtpinctl release rt-plc && rtpinctl manage rt-plc")
     scene.wait_for(lambda: scene.alone([one]), "the one guest is placed again")
 
-    edit(scene, 'name: "rt-plc"', 'name: "rt-*"')
+    edit(scene, '{name: "rt-plc", class: realtime}', '{name: "rt-*", class: realtime}')
     reload, verify = said["All guests"]
     scene.run(reload)
     scene.wait_for(lambda: scene.alone([one, other]), "all guests are placed")
