@@ -8,7 +8,6 @@ equals the fullest, among those the lowest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.policy import Siblings
@@ -31,7 +30,7 @@ def choose(
             rooms = [room for domain in kind if len(room := domain & area & free) >= count]
             if rooms:
                 best = min(rooms, key=lambda room: (len(room), room.first()))
-                return tuple(islice((_paired if paired else _spread)(best, topology), count))
+                return tuple((_paired if paired else _spread)(best, topology))[:count]
     return ()
 
 
