@@ -126,6 +126,7 @@ def test_bad_files_are_many():
         ("~", "1: the file is empty (a policy needs at least 'version: 1')"),
         ("version: 1\r\nmode: no\r\n", "2: mode: 'no' is not 'observe' or 'enforce'"),
         ("version: 1\n...\nx: 1", "3: not YAML: expected a single document in the stream that begins on line 1, but"),
+        ("a:  # b\n|\n\n", "1: not YAML: overlap in comment"),
         ("#" * 300_000, "1: the file is larger than 262144 characters (this is no policy file)"),
         ("[" * 20_000, "1: not a policy: nested too deeply"),
         ('a: "\\x"', "1: not YAML: while scanning a double-quoted scalar expected escape sequence of 2 hexdecimal"),
