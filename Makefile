@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint deb lab lab-test lab-smoke clean
+.PHONY: help venv demo test lint bench deb lab lab-test lab-smoke clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,10 @@ lint: ## ruff, mypy --strict and the import contracts
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy --strict
 	.venv/bin/lint-imports --no-cache
+
+bench: ## what a decision costs on a large host; touches nothing
+	@tools/setup venv
+	$(PYTHON) -m bench.planning $(ARGS)
 
 deb: ## build dist/rtpind_VERSION_all.deb (root for build packages)
 	@tools/deb

@@ -44,7 +44,7 @@ _XML = """
   <name>{name}</name><uuid>{uuid}</uuid>
   <memory unit='MiB'>16</memory>{memory}
   <vcpu placement='static'{cpuset} current='{vcpus}'>{max_vcpus}</vcpu>
-  <iothreads>{iothreads}</iothreads>{cputune}
+  <iothreads>{iothreads}</iothreads>{cputune}{numatune}
   <os><type arch='x86_64' machine='pc'>hvm</type>{loader}<boot dev='fd'/></os>
   <features><acpi/></features>
   <devices>
@@ -190,6 +190,7 @@ class Lab:
         kind: str = "qemu",
         boot: str = "idle",
         cputune: str = "",
+        numatune: str = "",
         cpuset: str = "",
         devices: str = "",
         shared: bool = False,
@@ -213,6 +214,7 @@ class Lab:
             max_vcpus=max_vcpus or vcpus,
             iothreads=iothreads,
             cputune=f"<cputune>{cputune}</cputune>" if cputune else "",
+            numatune=numatune,
             cpuset=f" cpuset='{cpuset}'" if cpuset else "",
             devices=devices,
             image=image,

@@ -13,7 +13,6 @@ from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory
 from rtpind.core.model import Kind
 from rtpind.core.placement import place
-from rtpind.core.policy import Drift
 from rtpind.daemon import report
 
 OTHERS = {"TuneD scheduler plugin": "on (x)!it moves", "irqbalance": "not running"}
@@ -51,7 +50,7 @@ class Made:
         self.snapshot = factories.snapshot(*guests, host=self.host)
         self.memory = Memory()
         self.decision = place(self.policy, self.snapshot, self.memory, Ledger())
-        self.steps = planning.make(self.decision, self.snapshot, self.memory, Drift.REPAIR)
+        self.steps = planning.make(self.decision, self.snapshot, self.memory)
 
     def status(self, **changes):
         known = {
@@ -82,5 +81,5 @@ class Made:
         made.snapshot = factories.applied(self.snapshot, self.decision)
         made.memory = replace(self.memory, places=self.decision.wanted(), verified=frozenset(self.decision.wanted()))
         made.decision = place(self.policy, made.snapshot, made.memory, Ledger())
-        made.steps = planning.make(made.decision, made.snapshot, made.memory, Drift.REPAIR)
+        made.steps = planning.make(made.decision, made.snapshot, made.memory)
         return made

@@ -13,9 +13,9 @@ from typing import Any
 from uuid import UUID
 
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.decision import Decision
 from rtpind.core.identify import Sighting
 from rtpind.core.model import OTHER, Guest, Host, Kind, Placement, Role, Sched, Scheduling, Snapshot, Thread, ThreadId
-from rtpind.core.placement import Decision
 from rtpind.core.policy import Policy
 from rtpind.core.policyfile import load
 

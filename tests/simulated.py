@@ -149,7 +149,7 @@ class World:
         made = {"role": Role.EMULATOR, "index": None, "comm": "worker"} | fields
         thread = replace(
             parent.thread,
-            id=replace(parent.thread.id, tid=child, start=parent.thread.id.start + self.children),
+            id=parent.thread.id._replace(tid=child, start=parent.thread.id.start + self.children),
             now=Placement(now.cpus, scheduling),
             **made,
         )

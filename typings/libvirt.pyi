@@ -1,4 +1,4 @@
-# The dozen names of libvirt-python that rtpind uses.
+# The names of libvirt-python that rtpind uses.
 
 from collections.abc import Callable
 from typing import Any
@@ -9,22 +9,29 @@ VIR_DOMAIN_EVENT_ID_REBOOT: int
 VIR_DOMAIN_EVENT_ID_TUNABLE: int
 VIR_DOMAIN_EVENT_ID_DEVICE_ADDED: int
 VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: int
+VIR_DOMAIN_EVENT_ID_METADATA_CHANGE: int
 VIR_DOMAIN_EVENT_DEFINED: int
 VIR_DOMAIN_EVENT_UNDEFINED: int
+VIR_DOMAIN_EVENT_STARTED: int
+VIR_DOMAIN_EVENT_RESUMED: int
 VIR_DOMAIN_EVENT_STOPPED: int
+VIR_ERR_NO_DOMAIN: int
 VIR_FROM_DBUS: int
 VIR_FROM_POLKIT: int
 
 class libvirtError(Exception):
     def get_error_domain(self) -> int | None: ...
     def get_error_message(self) -> str | None: ...
+    def get_error_code(self) -> int | None: ...
     def get_int1(self) -> int | None: ...
 
 class virDomain:
     def name(self) -> str: ...
     def UUIDString(self) -> str: ...
+    def XMLDesc(self, flags: int = 0) -> str: ...
 
 class virConnect:
+    def lookupByUUIDString(self, uuidstr: str) -> virDomain: ...
     def listAllDomains(self, flags: int = 0) -> list[virDomain]: ...
     def domainEventRegisterAny(
         self, dom: virDomain | None, eventID: int, cb: Callable[..., None], opaque: Any

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from rtpind.core.audit import Outcome, Result, refusal_text
+from rtpind.core.decision import Decision
 from rtpind.core.memory import FIGHT_WINDOW_S, Memory, Refusal, Wanted, conditions
 from rtpind.core.model import Placement, Snapshot, Thread, ThreadId
-from rtpind.core.placement import Decision
 from rtpind.core.plan import Phase, Plan, Reason, in_place
 
 #: A guest must have been right this long before a thread found elsewhere counts as moved by somebody: while a

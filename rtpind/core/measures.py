@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from rtpind.core.audit import Outcome, Result
+from rtpind.core.decision import Decision
 from rtpind.core.memory import Memory
 from rtpind.core.model import Snapshot
-from rtpind.core.placement import Decision
 from rtpind.core.plan import Reason
 from rtpind.core.verdict import Verdict, judge
 

@@ -7,10 +7,12 @@ Values only: nothing here decides, and nothing here touches the host.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from rtpind.core.cpuset import NO_CPUS, CpuSet
+from rtpind.core.topology import Topology
 
 
 class Role(StrEnum):
@@ -66,8 +68,7 @@ class Placement:
     scheduling: Scheduling = OTHER
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ThreadId:
+class ThreadId(NamedTuple):
     """Who a thread is: its guest's QEMU process and the thread itself, each with its start time.
 
     Start times are clock ticks after boot (field 22 of stat): they make a reused number another thread.
@@ -133,6 +134,35 @@ class Thread:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What libvirt's definition of a guest says beside its threads; the guest itself cannot change it.
+
+    ``flavor``, ``project``, ``project_id``: Nova's metadata. ``has``: of :data:`FEATURES`. ``partition``: libvirt's
+    resource partition. ``threads``: of each of the guest's own cores. ``pins``: vCPU → <vcpupin>. ``realtime``:
+    vCPU → priority, by <vcpusched> fifo or rr. ``nodes``: NUMA nodes that its memory is bound to.
+    """
+
+    flavor: str = ""
+    project: str = ""
+    project_id: str = ""
+    has: frozenset[str] = frozenset()
+    partition: str = ""
+    threads: int = 1
+    pins: Mapping[int, CpuSet] = field(default_factory=dict)
+    realtime: Mapping[int, int] = field(default_factory=dict)
+    nodes: CpuSet = NO_CPUS
+
+    @property
+    def projects(self) -> tuple[str, ...]:
+        """What a rule's ``project`` may match: the name, which another domain of Keystone may have too, and the id."""
+        return tuple(word for word in (self.project, self.project_id) if word)
+
+
+#: What a rule can ask for by ``has``: <vcpusched>, <hugepages>, <locked>.
+FEATURES = ("hugepages", "locked", "vcpusched")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Guest:
     """A running guest: libvirt's domain, proved to be the process ``pid`` (start time ``pid_start``)."""
 
@@ -144,6 +174,8 @@ class Guest:
     contested: tuple[str, ...] = ()  # labels that two threads claim: nobody gets them
     young: bool = False  # its QEMU began so lately that libvirt may not have moved its threads yet
     doubtful: tuple[str, ...] = ()  # labels that two threads claim for the first time: look again
+    traits: Traits | None = None  # None: libvirt has not told them yet
+    nodes: CpuSet = NO_CPUS  # NUMA nodes that most of its memory is on, as the kernel shows it; empty: not known
 
     @property
     def process(self) -> tuple[int, int]:
@@ -167,13 +199,15 @@ class Host:
     ``rt_runtime_us``: kernel.sched_rt_runtime_us, -1 is no throttling. ``throttles``: whether this kernel
     throttles realtime threads by that value at all (before 6.12, or with RT_GROUP_SCHED). ``fair_server``: the
     pCPUs whose fair server has a runtime; empty where the kernel has none. ``guards``: lowest FIFO priority
-    among a pCPU's rcuc, ktimers and ksoftirqd.
+    among a pCPU's rcuc, ktimers and ksoftirqd. ``busy``: pCPU → the user thread of nobody's guest that is
+    narrowed to it, as ``COMM (TID)``.
     """
 
     online: CpuSet
     possible: CpuSet
     isolated: CpuSet = NO_CPUS
-    siblings: Mapping[int, CpuSet] | None = None
+    topology: Topology = field(default_factory=Topology)
+    busy: Mapping[int, str] = field(default_factory=dict)
     rt_runtime_us: int | None = None
     throttles: bool | None = None
     rt_group_sched: bool | None = None

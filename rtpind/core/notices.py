@@ -16,18 +16,18 @@ from rtpind.core.audit import (
     protection_unknown,
     thread_fields,
 )
+from rtpind.core.decision import Decision, GuestDecision, State
 from rtpind.core.memory import Memory
-from rtpind.core.model import Guest, Snapshot, Thread
-from rtpind.core.placement import Decision, GuestDecision, State
+from rtpind.core.model import Guest, Host, Snapshot, Thread
 from rtpind.core.plan import Plan
-from rtpind.core.policy import Drift, Policy
+from rtpind.core.policy import Drift
 from rtpind.core.verdict import Verdict, judge
 
 Notice = tuple[tuple[object, ...], Record]
 
 
 def standing(
-    policy: Policy, snapshot: Snapshot, decision: Decision, plan: Plan, memory: Memory, outcomes: Sequence[Outcome]
+    snapshot: Snapshot, decision: Decision, plan: Plan, memory: Memory, outcomes: Sequence[Outcome]
 ) -> Iterator[Notice]:
     """Yield (what makes it the same condition, its record) for everything that stands as of this pass."""
     guests = {guest.guest.uuid: guest.guest for guest in decision.guests}
@@ -43,9 +43,10 @@ def standing(
             assert record is not None
             key = (str(outcome.result), step.thread.id, step.cpus, step.scheduling, outcome.before, outcome.beside)
             yield key, record
-    if policy.drift is not Drift.IGNORE:
-        for thread, wanted in plan.drifted:
-            guest = guests[thread.guest]
+    drifts = {guest.guest.uuid: guest.drift for guest in decision.guests}
+    for thread, wanted in plan.drifted:
+        guest, drift = guests[thread.guest], drifts[thread.guest]
+        if drift is not Drift.IGNORE:
             text = f"{_who(thread, guest)}: moved by somebody: pCPU {thread.now.cpus} {thread.now.scheduling}, "
             text += f"its place is pCPU {wanted.cpus}" + (f" fifo:{wanted.priority}" if wanted.priority else "")
             fields = thread_fields(thread, guest) | {
@@ -53,7 +54,7 @@ def standing(
                 "WANTED_CPUS": str(wanted.cpus),
                 "OLD_SCHED": str(thread.now.scheduling),
                 "REASON": "drift",
-                "RESULT": "repair" if policy.drift is Drift.REPAIR else "warn",
+                "RESULT": "repair" if drift is Drift.REPAIR else "warn",
             }
             yield (
                 ("drift", thread.id, wanted),
@@ -64,12 +65,20 @@ def standing(
         yield ("protection", unknown), Record(kind=Kind.FIFO_WITHHELD, message=unknown, level=Level.NOTICE)
 
 
+#: What a guest without the place that its class asks for has in its stead.
+_LOST = {
+    State.CROWDED: "placed with a step lost: {}",
+    State.DEGRADED: "not placed: {}; floats in housekeeping without FIFO",
+    State.LEFT: "not placed: {}; left as it is",
+    State.REFUSED: "not placed: {}; left as it is",
+}
+
+
 def _of_guest(found: GuestDecision) -> Iterator[Notice]:
     guest, key = found.guest, (found.guest.uuid, found.guest.process)
     fields = guest_fields(guest) | {"RULE": found.rule, "REASON": found.reason, "RESULT": str(found.state)}
-    if found.state in (State.DEGRADED, State.LEFT):
-        what = "floats in housekeeping without FIFO" if found.state is State.DEGRADED else "left as it is"
-        text = f"{guest.name}: not placed: {found.reason}; {what}"
+    if found.state in _LOST:
+        text = f"{guest.name}: {_LOST[found.state].format(found.reason)}"
         yield ("guest", *key, text), Record(kind=Kind.NOT_PLACED, message=text, level=Level.WARNING, fields=fields)
     if found.state is State.UNCLAIMED:
         text = f"{guest.name}: {found.reason}; it keeps its pCPUs until it stops"
@@ -91,6 +100,23 @@ def _of_thread(
         yield ("no-fifo", thread.id, why), Record(Kind.FIFO_WITHHELD, f"{text}: no FIFO", Level.WARNING, fields)
     elif verdict is Verdict.NOT_PLACED and thread.id in found.roomless:
         yield ("roomless", thread.id), Record(Kind.NOT_PLACED, f"{text}: no free pCPU", Level.WARNING, fields)
+
+
+def hotplug(before: Snapshot, host: Host) -> Iterator[Record]:
+    """Yield a record of the pCPUs that came or went since ``before``, and one of each thread that lost its last one."""
+    gone, come = before.host.online - host.online, host.online - before.host.online
+    fields = {"OLD_CPUS": str(before.host.online), "NEW_CPUS": str(host.online)}
+    if come:
+        yield Record(Kind.HOTPLUG, f"pCPU {come} came online", Level.NOTICE, fields)
+    if gone:
+        yield Record(Kind.HOTPLUG, f"pCPU {gone} went offline", Level.WARNING, fields)
+    for guest in before.guests:
+        for thread in guest.threads:
+            had = thread.now.cpus & before.host.online
+            if had and had <= gone:
+                text = f"{_who(thread, guest)}: its pCPU {had} went offline; the kernel has put it elsewhere"
+                of_thread = thread_fields(thread, guest) | {"OLD_CPUS": str(had)}
+                yield Record(Kind.HOTPLUG, text, Level.WARNING, of_thread)
 
 
 def fight(thread: Thread, guest: Guest, length_s: float) -> Record:

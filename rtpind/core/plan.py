@@ -13,11 +13,11 @@ from enum import IntEnum, StrEnum
 from typing import Any
 
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.decision import Decision, GuestDecision
 from rtpind.core.law import may_share
 from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory, Wanted
 from rtpind.core.model import OTHER, Guest, Host, Placement, Role, Sched, Scheduling, Snapshot, Thread, ThreadId
-from rtpind.core.placement import Decision, GuestDecision
 from rtpind.core.policy import Drift
 
 #: Two looks, this far apart, must find a guest's vCPUs and iothreads in place before FIFO (promise 7; measured:
@@ -86,7 +86,7 @@ class Plan:
     again: tuple[str, ...] = ()
 
 
-def make(decision: Decision, snapshot: Snapshot, memory: Memory, drift: Drift) -> Plan:
+def make(decision: Decision, snapshot: Snapshot, memory: Memory) -> Plan:
     """Return the minimal ordered steps from what is to what should be; nothing for what is right."""
     steps: list[Step] = []
     drifted: list[tuple[Thread, Wanted]] = []
@@ -97,7 +97,7 @@ def make(decision: Decision, snapshot: Snapshot, memory: Memory, drift: Drift) -
     for guest in decision.guests:
         if not guest.state.managed:
             continue
-        planner = _Guest(guest, snapshot, memory, drift, strangers)
+        planner = _Guest(guest, snapshot, memory, strangers)
         planner.run()
         steps += planner.steps
         drifted += planner.drifted
@@ -180,12 +180,9 @@ def _unsettled(guest: Guest) -> bool:
 class _Guest:
     """The steps of one guest."""
 
-    def __init__(
-        self, guest: GuestDecision, snapshot: Snapshot, memory: Memory, drift: Drift, strangers: Sequence[Thread]
-    ) -> None:
+    def __init__(self, guest: GuestDecision, snapshot: Snapshot, memory: Memory, strangers: Sequence[Thread]) -> None:
         self.guest = guest
         self.memory = memory
-        self.drift = drift
         self.strangers = strangers  # realtime threads that are not for rtpind to move
         self.time = snapshot.time
         since = memory.right_since.get(guest.guest.process)
@@ -235,7 +232,7 @@ class _Guest:
             return True
         if reason is Reason.DRIFT:
             self.drifted.append((thread, wanted))
-            if self.drift is not Drift.REPAIR:
+            if self.guest.drift is not Drift.REPAIR:
                 return True
         owed = wanted.affine(thread.now) and thread.id in self.memory.owed  # giving that is no repair
         if not owed and self.memory.tired(thread.id, self.time):

@@ -11,6 +11,7 @@ from typing import Any
 from jsonschema.exceptions import ValidationError
 
 from rtpind.core.document import Document, Path, Problem, show
+from rtpind.core.policy import GLOBS
 
 _LIKE_CPUS = re.compile(r"\^?\d+(-\d+)?|\^?isolated", re.ASCII)
 _NOTHING_HINT = "give it a value, or leave the key out"
@@ -80,7 +81,7 @@ def explain(document: Document, error: ValidationError) -> Iterator[Problem]:
             yield document.problem(path, f"{show(value)} is not {wanted}", f"write {path[-1]}: {wanted}")
         case "enum":
             listed = " or ".join(show(choice) for choice in wanted)
-            yield document.problem(path, f"{show(value)} is not {listed}", _choice_hint(value, wanted))
+            yield document.problem(path, f"{show(value)} is not {listed}", _choice_hint(path, value, wanted))
         case "type":
             yield document.problem(path, f"{show(value)} is not {_types(wanted)}", _type_hint(path, value))
         case "minimum" | "maximum":
@@ -126,7 +127,9 @@ def _key_hint(key: str, known: list[str]) -> str:
     return f"did you mean '{meant}'?" if meant else f"known here: {', '.join(known)}"
 
 
-def _choice_hint(value: Any, choices: list[str]) -> str:
+def _choice_hint(path: Path, value: Any, choices: list[str]) -> str:
+    if path[-1:] == ("share_with",):
+        return "or a thread by its number: {vcpu: 0}"
     if value is None:
         return _NOTHING_HINT
     close = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) else []
@@ -138,7 +141,7 @@ def _type_hint(path: Path, value: Any) -> str:
         return _QUOTE_CPUS if _LIKE_CPUS.fullmatch(path[-1]) else _NOTHING_HINT
     if path[-1:] == ("period",):
         return _PERIOD_HINT
-    if path[-1:] in (("name",), ("uuid",)):
+    if path[-1:] and path[-1] in GLOBS:
         return "quote it"
     if path[-1:] == ("unsafe",):
         return "write true or false"

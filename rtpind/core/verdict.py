@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from rtpind.core.decision import Decision, GuestDecision, State
 from rtpind.core.law import State as Law
 from rtpind.core.law import may_share
 from rtpind.core.memory import Memory, Wanted
 from rtpind.core.model import Host, Placement, Role, Sched, Scheduling, Snapshot, Thread
-from rtpind.core.placement import Decision, GuestDecision, State
 from rtpind.core.plan import is_drift
 
 
@@ -33,6 +33,7 @@ class Verdict(StrEnum):
 
 _BY_STATE = {
     State.LEFT: Verdict.NOT_PLACED,
+    State.REFUSED: Verdict.NOT_PLACED,
     State.UNMANAGED: Verdict.UNMANAGED,
     State.UNCLAIMED: Verdict.UNCLAIMED,
     State.RELEASED: Verdict.RELEASED,
@@ -80,7 +81,7 @@ def _judge(thread: Thread, guest: GuestDecision, memory: Memory, snapshot: Snaps
         return _BY_STATE[guest.state], guest.reason
     wanted = guest.wanted.get(thread.id)
     if wanted is None:
-        if guest.guest.starting:
+        if guest.pending:
             return Verdict.PENDING, guest.reason
         if thread.settled:
             return Verdict.NOT_PLACED, "no pCPU for it"
@@ -90,6 +91,8 @@ def _judge(thread: Thread, guest: GuestDecision, memory: Memory, snapshot: Snaps
     if wanted.holds(thread.now):
         if thread.id in guest.roomless or (guest.state is State.DEGRADED and wanted.withheld):
             return Verdict.NOT_PLACED, guest.reason or wanted.withheld
+        if guest.state is State.CROWDED and wanted.exclusive:
+            return Verdict.NOT_PLACED, guest.reason
         return (Verdict.NO_FIFO, wanted.withheld) if wanted.withheld else (Verdict.OK, "")
     hindered = _hindered(thread, guest, wanted, memory, snapshot)
     if hindered is not None:

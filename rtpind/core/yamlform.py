@@ -14,7 +14,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import ComposerError
-from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
@@ -51,11 +51,10 @@ def read(text: str) -> tuple[Document | None, list[Problem]]:
     except ReaderError as error:
         what = f"the character #x{error.character:04x} is not allowed"
         return None, [Problem(text.count("\n", 0, error.position) + 1, "", f"not YAML: {what}", "delete it")]
-    except (YAMLError, ValueError, OverflowError, TypeError, IndexError, AttributeError, KeyError) as fault:
-        # ruamel raises these on some malformed tags, directives and characters, without a mark.
-        return None, [Problem(1, "", f"not YAML: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}")]
     except RecursionError:
         return None, [Problem(1, "", "not a policy: nested too deeply")]
+    except Exception as fault:  # ruamel raises many kinds on malformed tags, directives, characters and comments
+        return None, [Problem(1, "", f"not YAML: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}")]
     if node is None or (isinstance(node, ScalarNode) and node.value.lower() in ("", "~", "null")):
         return None, [Problem(1, "", "the file is empty", "a policy needs at least 'version: 1'")]
     builder = _Builder()

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtpind.core.document import Problem
+from rtpind.core.model import Host
 from rtpind.core.policy import Policy
 from rtpind.daemon import policysource
 from rtpind.daemon.observe import Observer
 from rtpind.daemon.reconcile import Reconciler, View
 from rtpind.host import pidfile
-from rtpind.host.hypervisor import list_once
+from rtpind.host.hypervisor import describe_once, list_once
 from rtpind.host.ledgerfile import LedgerFile
 
 URI = "qemu:///system"
@@ -28,11 +29,24 @@ class Looked:
     problems: tuple[Problem, ...]
     view: View | None
 
+    def host(self) -> Host:
+        """Return the host's facts, with or without a policy."""
+        return self.view.snapshot.host if self.view is not None else self.reconciler.observer.host()
+
 
 def running(observer: Observer, uri: str = URI) -> dict[str, str]:
-    """Return UUID → name of the running guests: from libvirt or, when it does not answer, from its pid files."""
+    """Return UUID → name of the running guests: from libvirt or, when it does not answer, from its pid files.
+
+    The observer is told what libvirt says of each beside that.
+    """
     domains = list_once(uri)
     if domains is not None:
+        # Who a guest is now; if it still is when it is looked at, what libvirt said in between is about it.
+        processes = {domain.uuid: observer.process_of(domain.name) for domain in domains}
+        for uuid, traits in describe_once(uri, [domain.uuid for domain in domains]).items():
+            process = processes[uuid]
+            if process is not None:
+                observer.describe(uuid, process, traits)
         return {domain.uuid: domain.name for domain in domains}
     found = {}
     for name, pid in pidfile.running().items():

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rtpind import __version__
-from rtpind.ctl import checkconfig, hands, plan, show, status
+from rtpind.ctl import capacity, checkconfig, hands, plan, show, status
 from rtpind.daemon import policysource
 from rtpind.host.ledgerfile import STATE_DIR
 
@@ -44,7 +44,27 @@ def parser() -> argparse.ArgumentParser:
     made_status.add_argument("guest", nargs="?", metavar="GUEST", help="only this guest (name or UUID)")
     check = add("check-config", checkconfig.check_config, "list every problem of a policy file")
     check.add_argument("file", nargs="?", type=Path, default=policysource.DEFAULT, metavar="FILE")
-    add("plan", plan.plan, "show what a daemon would do now, and why; change nothing", config=True)
+    planned = add("plan", plan.plan, "show what a daemon would do now, and why; change nothing", config=True)
+    planned.add_argument(
+        "--guest-shape",
+        type=capacity.guest_shape,
+        metavar="CLASS:VCPUS[+IOTHREADS][xTHREADS]",
+        help="instead, where one more guest of that class would go",
+    )
+    fits = add("capacity", capacity.capacity, "show how many guests of each size fit under each class", config=True)
+    fits.add_argument("--policy", dest="config", type=Path, metavar="FILE", help="the same as --config")
+    fits.add_argument(
+        "--shape", type=capacity.shape, metavar="SOCKETSxCORESxTHREADS", help="on such a host, not on this one"
+    )
+    fits.add_argument(
+        "--isolated",
+        type=capacity.cpu_list,
+        metavar="CPUS",
+        help="with --shape: what is isolated there (default: all but the first core)",
+    )
+    fits.add_argument("--vcpus", type=capacity.sizes, default=[1, 2, 3, 4], metavar="LIST", help="sizes (default 1-4)")
+    fits.add_argument("--iothreads", type=int, default=0, metavar="N", help="iothreads of each guest (default 0)")
+    fits.add_argument("--running", action="store_true", help="count what runs here; only what is left is free")
     add("verify", status.verify, "exit 0 when every managed thread is where it should be", config=True)
     explained = add("explain", plan.explain, "show which rule, class and pCPU a guest has, and why", config=True)
     explained.add_argument("guest", metavar="GUEST", help="name or UUID")

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rtpind.core.capacity import one_more
 from rtpind.ctl import show
 from rtpind.ctl.checkconfig import print_problems
 from rtpind.ctl.look import Looked, look
 from rtpind.daemon import policysource, report
 from rtpind.daemon.main import EXIT_CONFIG
+from rtpind.daemon.reconcile import View
 from rtpind.host.control import UnreachableError, ask
 
 
@@ -21,6 +23,8 @@ def plan(options: argparse.Namespace) -> int:
     looked = look(options.config, options.state_dir)
     if looked.view is None:
         return _no_policy(options, looked)
+    if options.guest_shape is not None:
+        return _one_more(options, looked.view, looked)
     document = report.plan(looked.view.plan, looked.view.snapshot, looked.view.decision)
     if options.json:
         show.as_json(document)
@@ -31,11 +35,38 @@ def plan(options: argparse.Namespace) -> int:
     ]
     if rows:
         show.table(("guest", "thread", "tid", "change", "why"), rows)
-    unplaced = [guest for guest in document["guests"] if guest["state"] in ("degraded", "left", "unclaimed")]
+    unplaced = [guest for guest in document["guests"] if guest["reason"] and guest["state"] != "unmanaged"]
     for guest in unplaced:
         show.line(f"{guest['name']}: {guest['state']}: {guest['reason']}")
     if not rows:
         show.line("nothing to do: every managed thread is where the policy wants it")
+    return 0
+
+
+def _one_more(options: argparse.Namespace, view: View, looked: Looked) -> int:
+    """Show where the threads of one more guest would go."""
+    name, shape = options.guest_shape
+    assert looked.policy is not None
+    if name not in looked.policy.classes:
+        show.error(f"there is no class '{name}' (classes: {', '.join(sorted(looked.policy.classes)) or 'none'})")
+        return 1
+    reconciler = looked.reconciler
+    decision, guest = one_more(looked.policy, name, shape, view.snapshot, reconciler.memory, reconciler.ledger)
+    document = report.one_more(guest, decision)
+    if options.json:
+        show.as_json(document)
+        return 0
+    show.line(f"one more guest of class {name}: {document['state']}")
+    if document["reason"]:
+        show.line(f"  because: {document['reason']}")
+    rows = [
+        (
+            show.thread_name(thread),
+            show.where(thread["wanted_cpus"] or "as it is", thread["wanted_scheduling"] or "other"),
+        )
+        for thread in document["threads"]
+    ]
+    show.table(("thread", "pCPU"), rows)
     return 0
 
 

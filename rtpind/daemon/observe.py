@@ -8,11 +8,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from rtpind.core.cpuset import NO_CPUS, CpuSet
 from rtpind.core.identify import identify
+from rtpind.core.ledger import Process
 from rtpind.core.memory import Memory
-from rtpind.core.model import Guest, Host, Snapshot
+from rtpind.core.model import Guest, Host, Snapshot, Traits
 from rtpind.host import pidfile
 from rtpind.host.cgroup import Cgroups
+from rtpind.host.foreign import Foreign
 from rtpind.host.proc import Proc
 from rtpind.host.sysfs import HostFacts
 
@@ -27,8 +30,10 @@ class Observer:
         self.proc = Proc(root)
         self.cgroups = Cgroups(root)
         self.facts = HostFacts(self.cgroups, self.proc, root)
+        self.foreign = Foreign(self.proc)
         self._run_dir = run_dir
         self._last: dict[str, Guest] = {}
+        self._traits: dict[str, tuple[Process, Traits]] = {}
         self._scanned = float("-inf")
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
@@ -37,6 +42,7 @@ class Observer:
         if only is None or time.monotonic() - self._scanned >= _SCAN_APART_S:
             self._scanned = time.monotonic()
             self.proc.kernel_threads.scan()
+        host = self.facts.read()
         uptime = self.proc.uptime()
         found: dict[str, Guest] = {}
         for uuid, name in domains.items():
@@ -44,16 +50,49 @@ class Observer:
                 guest = self._last.get(uuid)
             else:
                 guest = self._guest(uuid, name, memory, uptime)
+                if guest is not None and len(host.topology.nodes) > 1:
+                    guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
             if guest is not None:
                 found[uuid] = guest
         self._last = found
+        self._traits = {uuid: entry for uuid, entry in self._traits.items() if uuid in domains}
+        ours = {thread.id.tid for guest in found.values() for thread in guest.threads}
+        ours |= {guest.pid for guest in found.values()}
+        host = replace(host, busy=self.foreign.busy(host, ours, anew=only is None))
         guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
-        return Snapshot(host=self.facts.read(), guests=guests, time=time.monotonic())
+        return Snapshot(host=host, guests=guests, time=time.monotonic())
+
+    def process_of(self, name: str) -> Process | None:
+        """Return which process the guest ``name`` is now; None when it does not run."""
+        pid = pidfile.pid_of(name, self._run_dir)
+        try:
+            return None if pid is None else (pid, self.proc.stat(pid).start)
+        except OSError:
+            return None
+
+    def describe(self, uuid: str, process: Process, traits: Traits) -> bool:
+        """Take what libvirt tells of a guest while it is that process; return whether it is news.
+
+        Only for that process: the next one of the same UUID may be started from another definition.
+        """
+        news = self._traits.get(uuid) != (process, traits)
+        self._traits[uuid] = (process, traits)
+        return news
 
     def host(self) -> Host:
         """Return the host's facts alone."""
         self.proc.kernel_threads.scan()
         return self.facts.read()
+
+    def _nodes(self, guest: Guest, *, anew: bool) -> CpuSet:
+        """Return the NUMA nodes of a guest's memory. Read in looks at everything: the quick ones have no time for it.
+
+        Where the guest has huge pages nothing is known: its cgroup counts only the rest, which is QEMU's own.
+        """
+        if not anew:
+            last = self._last.get(guest.uuid)
+            return last.nodes if last is not None and last.process == guest.process else NO_CPUS
+        return NO_CPUS if self.proc.has_hugetlb(guest.pid) else self.cgroups.nodes(guest.pid)
 
     def _guest(self, uuid: str, name: str, memory: Memory, uptime: float) -> Guest | None:
         pid = pidfile.pid_of(name, self._run_dir)
@@ -69,6 +108,9 @@ class Observer:
             incumbents=memory.incumbents,
             doubtful=memory.doubtful,
         )
+        described = self._traits.get(uuid)
+        if described is not None and described[0] == guest.process:
+            guest = replace(guest, traits=described[1])
         if not any(thread.id in memory.refused for thread in guest.threads):
             return guest
         threads = tuple(

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 from rtpind.core import plan as planning
 from rtpind.core.audit import Kind, Level, Outcome, Record, Result, guest_fields, of_outcome
+from rtpind.core.decision import Decision
 from rtpind.core.learn import learn
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off, Process
 from rtpind.core.measures import Tally
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest, Snapshot, Thread
-from rtpind.core.notices import fight, standing
-from rtpind.core.placement import Decision, place
+from rtpind.core.notices import fight, hotplug, standing
+from rtpind.core.placement import place
 from rtpind.core.plan import Plan
 from rtpind.core.policy import Mode, Policy
 from rtpind.daemon.apply import Kernel, RealKernel, apply, pretend
@@ -55,6 +56,7 @@ class Reconciler:
         self.domains: dict[str, str] = {}  # UUID → name
         self.memory = Memory()
         self.ledger = Ledger()
+        self._seen: Snapshot | None = None  # by the last pass
         self.tally = Tally()
         self._unwritable = ""  # why the ledger could not be written, as last said
 
@@ -79,7 +81,7 @@ class Reconciler:
         while True:
             snapshot = self.observer.look(self.domains, self.memory, only)
             decision = place(policy, snapshot, self.memory, self.ledger, time.time())
-            plan = planning.make(decision, snapshot, self.memory, policy.drift)
+            plan = planning.make(decision, snapshot, self.memory)
             acted = {step.thread.guest for step in plan.steps}
             if only is None or acted <= set(only):
                 return View(snapshot=snapshot, decision=decision, plan=plan)
@@ -89,6 +91,10 @@ class Reconciler:
         """Do one pass over all guests, or ``only`` some; returns what was found and planned."""
         assert self.policy is not None
         view = self.view(only)
+        if self._seen is not None:
+            for record in hotplug(self._seen, view.snapshot.host):
+                self.emit(record)
+        self._seen = view.snapshot
         outcomes = self._act(view)
         memory = self.memory
         self.memory = learn(memory, view.snapshot, view.decision, view.plan, outcomes, self.clock())
@@ -160,7 +166,7 @@ class Reconciler:
         if self.enforcing:
             for thread in view.plan.fighters:
                 self.emit(fight(thread, guests[thread.guest], self.memory.fights[thread.id].length_s))
-        notices = dict(standing(self.policy, view.snapshot, view.decision, view.plan, self.memory, outcomes))
+        notices = dict(standing(view.snapshot, view.decision, view.plan, self.memory, outcomes))
         for key, record in notices.items():
             if key not in self.memory.said:
                 self.emit(record)

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rtpind.core.capacity import Row
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.decision import Decision, GuestDecision
 from rtpind.core.memory import Memory, Wanted
 from rtpind.core.model import Guest, Host, Snapshot, Thread
-from rtpind.core.placement import Decision, GuestDecision
 from rtpind.core.plan import Plan
 from rtpind.core.policy import HOUSEKEEPING, Policy, Rule, pool_cpus
 from rtpind.core.verdict import Verdict, hazards, judge
@@ -21,7 +22,7 @@ def facts(host: Host, policy: Policy | None, others: Mapping[str, str]) -> list[
     """Return the eight host facts of the status header: name, value, and a warning where there is one."""
     helpers, exclusive = _pools(host, policy)
     inside = helpers & host.isolated
-    mixed = [cpu for cpu in exclusive if (host.siblings or {}).get(cpu, CpuSet()) & helpers]
+    mixed = [cpu for cpu in exclusive if host.topology.siblings(cpu) & helpers]
     throttled = host.throttles is not False and host.rt_runtime_us not in (None, -1)
     unread = host.throttles is not False and host.rt_runtime_us is None
     if host.fair_server is None:
@@ -62,7 +63,7 @@ def _pools(host: Host, policy: Policy | None) -> tuple[CpuSet, CpuSet]:
         return host.online - host.isolated, host.isolated
     floats, owned = pool_cpus(policy.pools, HOUSEKEEPING, host), CpuSet()
     for class_ in policy.classes.values():
-        for entry in class_.entries.values():
+        for _, entry in class_.every():
             if entry.exclusive:
                 owned |= policy.pool(entry.pool, host)
             else:
@@ -145,7 +146,7 @@ def not_ok(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the managed threads of a status document that are not ``ok``, with their guest's name."""
     found = []
     for guest in document["guests"]:
-        managed = guest["state"] in ("placed", "degraded", "left")
+        managed = guest["state"] in ("placed", "crowded", "degraded", "left", "refused")
         found += [
             {"guest": guest["name"], **thread}
             for thread in guest["threads"]
@@ -179,6 +180,43 @@ def plan(plan: Plan, snapshot: Snapshot, decision: Decision) -> dict[str, Any]:
     }
 
 
+def capacity(rows: Iterable[Row]) -> dict[str, Any]:
+    """Return the document of ``rtpinctl capacity``: a row for each class and number of vCPUs."""
+    return {
+        "version": VERSION,
+        "rows": [
+            {
+                "class": row.class_name,
+                "vcpus": row.vcpus,
+                "guests": row.guests,
+                "realtime_vcpus": row.realtime_vcpus,
+                "limited_by": row.limited_by,
+            }
+            for row in rows
+        ],
+    }
+
+
+def one_more(guest: Guest, decision: Decision) -> dict[str, Any]:
+    """Return the document of ``rtpinctl plan --guest-shape``: where the threads of one more guest would go."""
+    found = next(each for each in decision.guests if each.guest.uuid == guest.uuid)
+    threads = [
+        {
+            key: value
+            for key, value in _thread(thread, found.wanted.get(thread.id)).items()
+            if key in ("role", "index", "wanted_cpus", "wanted_scheduling")
+        }
+        for thread in sorted(guest.threads, key=_display)
+    ]
+    return {
+        "version": VERSION,
+        "class": found.class_name,
+        "state": str(found.state),
+        "reason": found.reason,
+        "threads": threads,
+    }
+
+
 def explain(guest: GuestDecision, decision: Decision, policy: Policy, snapshot: Snapshot) -> dict[str, Any]:
     """Return the document of ``rtpinctl explain``: which rule and class, which pCPU, and what else there was."""
     host = snapshot.host
@@ -188,7 +226,7 @@ def explain(guest: GuestDecision, decision: Decision, policy: Policy, snapshot: 
         str(cpu): names.get(owner.partition(": ")[0], "?") + ": " + owner.partition(": ")[2]
         for cpu, owner in decision.owners.items()
     }
-    pools = sorted({entry.pool for entry in class_.entries.values()}) if class_ else []
+    pools = sorted({entry.pool for _, entry in class_.every()}) if class_ else []
     return {
         "version": VERSION,
         **_guest(guest.guest, guest),

@@ -16,21 +16,24 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rtpind.core.audit import Kind, Level, Record
 from rtpind.core.ledger import EVERYONE
 from rtpind.core.measures import Measures, by_verdict
 from rtpind.core.policy import HOUSEKEEPING, Policy
 from rtpind.daemon import commands, policysource
+from rtpind.daemon.definitions import Definitions
 from rtpind.daemon.house import Housekeeper
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
 from rtpind.host.control import Answer, ControlServer
-from rtpind.host.hypervisor import Changed, Domain, Hypervisor, Listed, Lost
+from rtpind.host.details import Described
+from rtpind.host.hypervisor import METADATA, Changed, Domain, Hypervisor, Listed, Lost
 from rtpind.host.journal import notify, watchdog_s
 from rtpind.host.metrics import MetricsFile, Unwritten
 from rtpind.host.pidfile import pid_of
+from rtpind.host.udev import CpuEvents, CpusChanged, Unheard
 
 #: Looks after an event: threads that begin late (nx-recovery at the first KVM_RUN, vhost, workers).
 _FOLLOW_UPS_S = (0.05, 0.25, 1.0, 5.0)
@@ -56,7 +59,8 @@ class Asked:
     given_up: threading.Event = field(default_factory=threading.Event)
 
 
-Item = Signalled | Asked | Listed | Changed | Lost | Unwritten
+#: Whatever the inbox may hold.
+Item: TypeAlias = Signalled | Asked | Listed | Changed | Lost | Described | CpusChanged | Unheard | Unwritten
 
 
 class Service:
@@ -67,8 +71,10 @@ class Service:
         self._path = policy_path
         self._inbox: Inbox[Item] = Inbox()
         self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
+        self._cpus = CpuEvents(self._inbox.post)
         self._house = Housekeeper(lambda: reconciler.observer.proc.tids(os.getpid()), reconciler.emit)
         self._hypervisor: Hypervisor | None = None
+        self._definitions: Definitions | None = None
         self._metrics: MetricsFile | None = None
         self._measures = Measures()
         self._libvirt = "connecting"
@@ -106,7 +112,9 @@ class Service:
         self._adopt(policy)
         self._publish()
         self._hypervisor = Hypervisor(policy.uri, self._inbox.post)
+        self._definitions = Definitions(self._reconciler, self._hypervisor.describe)
         self._hypervisor.start()
+        self._cpus.start()
         self._control.start()
         self._say(Kind.DAEMON, f"started, {self._mode()}, policy {self._path}", Level.NOTICE)
         notify(READY="1", STATUS=f"{self._mode()}; connecting to libvirt")
@@ -120,6 +128,7 @@ class Service:
         notify(STOPPING="1", STATUS="stopping; guests stay as they are")
         self._say(Kind.DAEMON, "stopped; guests stay as they are", Level.NOTICE)
         self._control.stop()
+        self._cpus.stop()
         self._hypervisor.stop()
         return 0
 
@@ -151,34 +160,46 @@ class Service:
                     self._reload()
                 else:
                     self._stopping = True
-            case Asked(request, reply, given_up):
-                if given_up.is_set():
-                    return
-                answer: Answer = {"error": "a fault in rtpind; see the journal"}
-                try:
-                    if self._listed_once:
-                        answer = commands.answer(request, self._reconciler, self._about())
-                    else:
-                        why = f" ({self._lost})" if self._lost else ""
-                        answer = {"error": f"libvirt has not answered yet{why}: rtpind does not know which guests run"}
-                finally:
-                    reply.put(answer)
-                if request.get("do") not in commands.LOOKS:
-                    self._full_due = 0.0
+            case Asked():
+                self._asked(item)
             case Listed(domains, fresh):
                 self._listed(domains, fresh)
-            case Changed(domain, what):
-                self._changed(domain, what)
-            case Lost(why, cure):
-                self._libvirt = "away"
-                self._lost = cure or why
-                text = f"libvirt is away ({why}{'; ' if cure else ''}{cure}); "
-                text += "the guests known are kept in place, and it is tried again"
-                self._say(Kind.LIBVIRT, text, Level.WARNING)
-                self._tell()
+            case Changed():
+                self._changed(item)
+            case Described():
+                if self._definitions is not None and self._definitions.take(item):
+                    self._inbox.look_in(0, item.uuid)
+            case CpusChanged() | Unheard():
+                self._hotplugged(item)
+            case Lost():
+                self._without_libvirt(item)
             case Unwritten(path, why):
                 text = f"the metrics cannot be written to {path}: {why}; guests are managed all the same"
                 self._say(Kind.METRICS, text, Level.WARNING)
+
+    def _asked(self, asked: Asked) -> None:
+        """Answer a command, unless it has given up waiting."""
+        if asked.given_up.is_set():
+            return
+        answer: Answer = {"error": "a fault in rtpind; see the journal"}
+        try:
+            if self._listed_once:
+                answer = commands.answer(asked.request, self._reconciler, self._about())
+            else:
+                why = f" ({self._lost})" if self._lost else ""
+                answer = {"error": f"libvirt has not answered yet{why}: rtpind does not know which guests run"}
+        finally:
+            asked.reply.put(answer)
+        if asked.request.get("do") not in commands.LOOKS:
+            self._full_due = 0.0
+
+    def _without_libvirt(self, lost: Lost) -> None:
+        self._libvirt = "away"
+        self._lost = lost.cure or lost.why
+        text = f"libvirt is away ({lost.why}{'; ' if lost.cure else ''}{lost.cure}); "
+        text += "the guests known are kept in place, and it is tried again"
+        self._say(Kind.LIBVIRT, text, Level.WARNING)
+        self._tell()
 
     def _full(self) -> None:
         """Look at everything, and have libvirt asked who runs: the net under all events."""
@@ -203,6 +224,8 @@ class Service:
             # In place, and only the second look is missing. A guest that is not in place waits for the period.
             if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:
                 self._inbox.look_in(_AGAIN_S, guest.uuid)
+        if self._definitions is not None:
+            self._definitions.want(view.snapshot.guests)
         self._tell(view)
         return view
 
@@ -220,11 +243,18 @@ class Service:
             self._libvirt = "connected"
             self._say(Kind.LIBVIRT, f"connected to libvirt, {len(domains)} guests run", Level.INFO)
             self._full_due = 0.0
+            if self._definitions is not None:
+                self._definitions.forget()
         for uuid in self._reconciler.domains.keys() - known.keys():
             self._inbox.look_in(0, uuid)
 
-    def _changed(self, domain: Domain, what: str) -> None:
-        if what == "stopped":
+    def _changed(self, item: Changed) -> None:
+        domain = item.domain
+        if item.redefined and self._definitions is not None:
+            self._definitions.changed(domain)
+        if item.what == METADATA:
+            return
+        if item.what == "stopped":
             # Only the pid file's lock says whether it is gone; a reboot keeps the process (promise 4.4).
             self._inbox.look_in(0, domain.uuid)
             self._full_due = min(self._full_due, time.monotonic() + 0.05)
@@ -234,6 +264,17 @@ class Service:
         self._reconciler.domains = others | {domain.uuid: domain.name}
         for seconds in (0.0, *_FOLLOW_UPS_S):
             self._inbox.look_in(seconds, domain.uuid)
+
+    def _hotplugged(self, item: CpusChanged | Unheard) -> None:
+        """Look at everything at once: what is online now, and who has lost a pCPU, is said by the pass."""
+        if isinstance(item, CpusChanged):
+            self._full_due = 0.0
+            return
+        text = (
+            f"the kernel's events about pCPUs cannot be heard ({item.why}): one that goes offline or comes online is "
+        )
+        text += f"noticed at the next look at everything, within {self._policy().period_s:g} s"
+        self._say(Kind.HOTPLUG, text, Level.WARNING, CAUSE=item.why)
 
     def _reload(self) -> None:
         """Read the policy again; a bad one is refused and the running one stays (promise 6)."""
@@ -311,7 +352,7 @@ class Service:
         """Keep systemctl's status line true; says nothing when it has not changed."""
         if view is not None:
             managed = sum(guest.state.managed for guest in view.decision.guests)
-            unplaced = sum(str(guest.state) in ("degraded", "left") for guest in view.decision.guests)
+            unplaced = sum(str(guest.state) in ("degraded", "left", "refused") for guest in view.decision.guests)
             wanted = sum(len(guest.wanted) for guest in view.decision.guests)
             self._counts = f"{managed} of {len(view.decision.guests)} guests managed, {wanted} threads"
             self._counts += f", {unplaced} without room" if unplaced else ""

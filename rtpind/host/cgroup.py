@@ -4,12 +4,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rtpind.core.cpuset import CpuListError, CpuSet
 from rtpind.core.model import Kind, Limits
+
+#: A node counts from this share of a guest's memory: interleaved over eight nodes each still does, and the heap of
+#: QEMU or a few pages that went elsewhere do not.
+_SHARE = 8
+#: With less than this there is little else than QEMU's own heap (15 to 40 MiB), which says nothing of the guest.
+_ENOUGH_BYTES = 64 * 1024 * 1024
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_ON_NODE = re.compile(r"\bN(\d{1,4})=(\d{1,18})\b", re.ASCII)
 
 #: Version 1 hierarchies into which libvirt moves vCPU and iothread threads (virCgroupAddThread).
 _THREADED = ("cpuset", "cpu", "cpuacct")
@@ -111,6 +120,30 @@ class Cgroups:
         text = _read(f"{mount}{groups.paths.get('cpu', '/')}/cpu.rt_runtime_us") if mount else None
         return None if text is None else int(text)
 
+    def nodes(self, pid: int) -> CpuSet:
+        """Return the NUMA nodes that the memory of the guest whose QEMU is ``pid`` is on; empty: little, or unknown.
+
+        By its memory cgroup, which counts no hugetlb pages. Locked pages are not among the anonymous ones of version 1,
+        shared ones not among those of version 2.
+        """
+        try:
+            groups = self.of(pid, pid)
+        except OSError:
+            return CpuSet()
+        found: dict[int, int] = {}
+        version1, version2 = self.mounts.get("memory"), self.mounts.get("")
+        path = groups.paths.get("memory", "/")
+        if version1 is not None and path != "/":
+            pages = _by_node(_read(f"{version1}{path}/memory.numa_stat") or "", ("anon", "unevictable"))
+            found = {node: count * _PAGE_BYTES for node, count in pages.items()}
+        elif version2 is not None:
+            texts = (_read(f"{version2}{own}/memory.numa_stat") for own in _own(groups.paths.get("", "/")))
+            found = _by_node(next((text for text in texts if text), ""), ("anon", "shmem"))
+        total = sum(found.values())
+        if total < _ENOUGH_BYTES:
+            return CpuSet()
+        return CpuSet(node for node, size in found.items() if size * _SHARE >= total)
+
     def isolated(self) -> CpuSet:
         """Return the pCPUs of isolated cpuset partitions (cgroup 2, cpuset.cpus.isolated since Linux 6.7)."""
         mount = self.mounts.get("")
@@ -133,6 +166,30 @@ def _mounts(root: Path) -> dict[str, str]:
         point = str(root) + before.split(" ")[4].replace("\\040", " ") if str(root) != "/" else before.split(" ")[4]
         for name in [""] if kind == "cgroup2" else options.split(","):
             found.setdefault(name, point)
+    return found
+
+
+def _own(path: str) -> list[str]:
+    """Return the cgroups of version 2 that are one guest's alone, the innermost first.
+
+    libvirt's emulator, vcpuN … are threaded cgroups, which have no memory controller; it is with what is above them:
+    ``NAME.scope/libvirt`` or the scope itself.
+    """
+    above, _, leaf = path.rpartition("/")
+    if leaf != "emulator":
+        return []
+    scope, _, name = above.rpartition("/")
+    return [path, above, scope] if name == "libvirt" else [path, above]
+
+
+def _by_node(text: str, kinds: tuple[str, ...]) -> dict[int, int]:
+    """Sum up lines of memory.numa_stat: ``anon N0=1 N1=2`` (version 2, bytes), ``anon=3 N0=1 N1=2`` (1, pages)."""
+    found: dict[int, int] = {}
+    for line in text.splitlines():
+        kind, _, sizes = line.partition(" ")
+        if kind.partition("=")[0] in kinds:
+            for node, size in _ON_NODE.findall(sizes):
+                found[int(node)] = found.get(int(node), 0) + int(size)
     return found
 
 

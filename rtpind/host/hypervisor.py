@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The only module that imports libvirt: which guests run, and a word when one changes. Read-only, never waited for.
 
-Two threads of its own: one runs libvirt's default event loop (a native loop, in which Python's signal handlers
-would not run), one makes the calls that can block. Callbacks only post; the daemon's loop never calls libvirt.
+Three threads of its own: one runs libvirt's default event loop (a native loop, in which Python's signal handlers
+would not run), one makes the calls that can block, and one asks for the guests' definitions, which can block while
+libvirt is busy with a guest (:mod:`.details`). Callbacks only post; the daemon's loop never calls libvirt.
 """
 
 from __future__ import annotations
@@ -10,16 +11,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import libvirt
 
+from rtpind.core.ledger import Process
+from rtpind.core.model import Traits
+from rtpind.core.traits import parse
+from rtpind.host.details import Described, Details
+
 #: Back-off between two attempts to connect. A prompt retry would start a socket-activated daemon in an upgrade.
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: Ping every 5 s, give up after 3 without an answer: notices a daemon that hangs.
 _KEEPALIVE = (5, 3)
+
+
+#: What a :class:`Changed` says when nothing but the definition has changed.
+METADATA = "metadata"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +50,11 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """Something happened to one domain: look at it again."""
+    """Something happened to one domain: look at it again. ``redefined``: its definition may be another now."""
 
     domain: Domain
     what: str
+    redefined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,7 @@ class Lost:
     cure: str = ""
 
 
-Post = Callable[[Listed | Changed | Lost], None]
+Post = Callable[[Listed | Changed | Lost | Described], None]
 
 
 class Hypervisor:
@@ -69,22 +80,32 @@ class Hypervisor:
         self._conn: libvirt.virConnect | None = None
         self._callbacks: list[int] = []
         self._timer = -1
+        self._details = Details(self._xml, post)
 
     def start(self) -> None:
-        """Start both threads; returns at once."""
+        """Start all threads; returns at once."""
         libvirt.registerErrorHandler(lambda *_: None, None)  # else libvirt prints every error to stderr too
         libvirt.virEventRegisterDefaultImpl()
         self._timer = libvirt.virEventAddTimeout(-1, lambda *_: None, None)
         threading.Thread(target=self._run_events, name="libvirt-events", daemon=True).start()
         threading.Thread(target=self._run_calls, name="libvirt-calls", daemon=True).start()
+        self._details.start()
 
     def relist(self) -> None:
         """Ask for a new list of domains; it is posted when libvirt answers."""
         self._wake.set()
 
+    def describe(self, uuid: str, process: Process) -> None:
+        """Ask for the definition of a guest that is this process now; it is posted when libvirt answers.
+
+        When there is no connection, or no such domain, there is no answer.
+        """
+        self._details.ask(uuid, process)
+
     def stop(self) -> None:
-        """Ask both threads to end; does not wait for a call that hangs."""
+        """Ask all threads to end; does not wait for a call that hangs."""
         self._stop = True
+        self._details.stop()
         self._wake.set()
         libvirt.virEventUpdateTimeout(self._timer, 0)
 
@@ -134,9 +155,16 @@ class Hypervisor:
             self._conn.setKeepAlive(*_KEEPALIVE)  # a driver inside this process has none
         self._conn.registerCloseCallback(self._on_close, None)
         self._register("LIFECYCLE", self._on_lifecycle)
-        for event in ("REBOOT", "TUNABLE", "DEVICE_ADDED", "DEVICE_REMOVED"):
+        callbacks: dict[str, Callable[..., None]] = {
+            "REBOOT": self._on_other,
+            "TUNABLE": self._on_tunable,
+            "DEVICE_ADDED": self._on_other,
+            "DEVICE_REMOVED": self._on_other,
+            "METADATA_CHANGE": self._on_metadata,
+        }
+        for event, callback in callbacks.items():
             with contextlib.suppress(libvirt.libvirtError):
-                self._register(event, self._on_other)
+                self._register(event, callback)
         self._list(fresh=True)  # after registering: what changes from here on is told
 
     def _register(self, event: str, callback: Callable[..., None]) -> None:
@@ -148,6 +176,19 @@ class Hypervisor:
         assert self._conn is not None
         found = self._conn.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         self._post(Listed(tuple(sorted((_domain(dom) for dom in found), key=lambda dom: dom.uuid)), fresh))
+
+    def _xml(self, uuid: str) -> str | None:
+        """Return the live XML of a domain; None when there is none, or nobody to ask. Raises libvirtError."""
+        conn = self._conn
+        if conn is None:
+            return None
+        try:
+            return conn.lookupByUUIDString(uuid).XMLDesc(0)
+        except libvirt.libvirtError as error:
+            # After a loss of the connection everything is asked for anew.
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN or conn is not self._conn or not conn.isAlive():
+                return None
+            raise
 
     def _disconnect(self) -> None:
         conn, self._conn = self._conn, None
@@ -172,10 +213,19 @@ class Hypervisor:
         if event in (libvirt.VIR_DOMAIN_EVENT_DEFINED, libvirt.VIR_DOMAIN_EVENT_UNDEFINED):
             return  # a configuration, not a guest that runs
         what = "stopped" if event == libvirt.VIR_DOMAIN_EVENT_STOPPED else "lifecycle"
-        self._post(Changed(_domain(dom), what))
+        begins = event in (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_RESUMED)
+        self._post(Changed(_domain(dom), what, redefined=begins))
+
+    def _on_tunable(self, _conn: Any, dom: libvirt.virDomain, values: dict[str, Any], *_: Any) -> None:
+        # Shares, quotas and the throttling of disks come this way too.
+        pinned = any(name.startswith("cputune.vcpupin") for name in values)
+        self._post(Changed(_domain(dom), "tunable", redefined=pinned))
+
+    def _on_metadata(self, _conn: Any, dom: libvirt.virDomain, *_: Any) -> None:
+        self._post(Changed(_domain(dom), METADATA, redefined=True))
 
     def _on_other(self, _conn: Any, dom: libvirt.virDomain, *rest: Any) -> None:
-        self._post(Changed(_domain(dom), str(rest[-1])))
+        self._post(Changed(_domain(dom), str(rest[-1])))  # a device changes nothing that Traits hold
 
 
 def _cure(error: Exception) -> str:
@@ -220,3 +270,22 @@ def list_once(uri: str, timeout_s: float = 5.0) -> tuple[Domain, ...] | None:
     thread.start()
     thread.join(timeout_s)
     return found[0] if found else None
+
+
+def describe_once(uri: str, uuids: Collection[str], timeout_s: float = 5.0) -> dict[str, Traits]:
+    """Return the traits of those domains whose definition libvirt tells in time, for a command."""
+    found: dict[str, Traits] = {}
+
+    def ask() -> None:
+        libvirt.registerErrorHandler(lambda *_: None, None)
+        with contextlib.suppress(libvirt.libvirtError):
+            conn = libvirt.openReadOnly(uri)
+            for uuid in uuids:
+                with contextlib.suppress(libvirt.libvirtError, ValueError):
+                    found[uuid] = parse(conn.lookupByUUIDString(uuid).XMLDesc(0))
+            conn.close()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return dict(found)

@@ -7,7 +7,8 @@ Everything here works for a user without privileges (stat, comm, cgroup and cmdl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,8 @@ _POLICIES = {
     7: Sched.EXT,
 }
 
-_TICKS = os.sysconf("SC_CLK_TCK")
+#: Of start times, in a second.
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,10 @@ class Proc:
         scheduling = Scheduling(_POLICIES.get(stat.policy, Sched.OTHER), stat.priority, reset)
         return Placement(CpuSet(self._affinity(tid)), scheduling)
 
+    def affinity(self, tid: int) -> Collection[int]:
+        """Return the pCPUs that a thread may run on. Raises OSError when it is gone."""
+        return set(self._affinity(tid))
+
     def pids(self) -> list[int]:
         """Return every process id."""
         return [int(name) for name in os.listdir(self._proc) if name.isdigit()]
@@ -104,6 +110,14 @@ class Proc:
                 return [part.decode("utf-8", "replace") for part in file.read().split(b"\0")]
         except OSError:
             return []
+
+    def has_hugetlb(self, pid: int) -> bool:
+        """Return whether a process has pages of hugetlbfs (``HugetlbPages`` of status)."""
+        try:
+            with open(f"{self._proc}/{pid}/status", "rb") as file:
+                return re.search(rb"^HugetlbPages:\s*[1-9]", file.read(), re.MULTILINE) is not None
+        except OSError:
+            return False
 
     def uptime(self) -> float:
         """Return seconds since boot."""
@@ -168,7 +182,7 @@ class Proc:
             cgroup=groups.path,
             movable=not stat.flags & _PF_NO_SETAFFINITY,
             worker=bool(stat.flags & (_PF_KTHREAD | _PF_USER_WORKER)),
-            age_s=uptime - stat.start / _TICKS,
+            age_s=uptime - stat.start / TICKS,
         )
 
 
@@ -202,6 +216,10 @@ class KernelThreads:
     def named(self, *names: str) -> list[int]:
         """Return the pids of the kernel threads with one of these names."""
         return sorted(pid for pid, name in self._names.items() if name in names)
+
+    def others(self) -> list[int]:
+        """Return the pids of processes: of the last scan what is no kernel thread."""
+        return sorted(pid for pid, name in self._names.items() if not name)
 
     def lowest_priority(self, cpu: int, kinds: Iterable[str]) -> int | None:
         """Return the lowest FIFO priority among the threads ``KIND/CPU``, 0 for one that is not FIFO; None: none."""

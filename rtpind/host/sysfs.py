@@ -11,10 +11,12 @@ from pathlib import Path
 
 from rtpind.core.cpuset import CpuListError, CpuSet
 from rtpind.core.model import Host
+from rtpind.core.topology import Topology
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.proc import Proc
 
 _CAP_SYS_NICE = 23
+_NODES = "sys/devices/system/node"
 #: Below a FIFO vCPU that never sleeps, these starve and take the host with them (facts: priority lattice).
 _GUARDS = ("rcuc", "ktimers", "ksoftirqd")
 
@@ -30,7 +32,7 @@ class HostFacts:
         version = re.match(r"(\d+)\.(\d+)", self._release)
         self._version = (int(version[1]), int(version[2])) if version else (0, 0)
         self._rt_group_sched = self._read_rt_group_sched()
-        self._siblings: dict[int, CpuSet] = {}
+        self._topology: tuple[CpuSet, Topology] = (CpuSet(), Topology())
 
     def read(self) -> Host:
         """Return the facts as they are now."""
@@ -43,7 +45,7 @@ class HostFacts:
             online=online,
             possible=self._cpus("sys/devices/system/cpu/possible") or online,
             isolated=self._cpus("sys/devices/system/cpu/isolated") | self._cgroups.isolated(),
-            siblings={cpu: self._sibling(cpu) for cpu in online},
+            topology=self._read_topology(online),
             rt_runtime_us=runtime,
             throttles=throttles,
             rt_group_sched=self._rt_group_sched,
@@ -70,11 +72,22 @@ class HostFacts:
         except CpuListError:  # such as "(null)", which some kernels print for an empty list
             return CpuSet()
 
-    def _sibling(self, cpu: int) -> CpuSet:
-        if cpu not in self._siblings:
-            found = self._cpus(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-            self._siblings[cpu] = found or CpuSet([cpu])
-        return self._siblings[cpu]
+    def _read_topology(self, online: CpuSet) -> Topology:
+        """Return how the online pCPUs hang together: read anew when others are online, as an offline one shows none."""
+        if self._topology[0] != online:
+            made = Topology(
+                cores=self._groups(online, "topology/thread_siblings_list"),
+                caches=self._groups(online, "cache/index3/shared_cpu_list"),
+                sockets=self._groups(online, "topology/package_cpus_list"),
+                nodes={node: self._cpus(f"{_NODES}/node{node}/cpulist") for node in self._cpus(f"{_NODES}/online")},
+            )
+            self._topology = (online, made)
+        return self._topology[1]
+
+    def _groups(self, online: CpuSet, name: str) -> dict[int, CpuSet]:
+        """Return pCPU → the list in a file of its directory; only where there is one."""
+        found = {cpu: self._cpus(f"sys/devices/system/cpu/cpu{cpu}/{name}") for cpu in online}
+        return {cpu: cpus for cpu, cpus in found.items() if cpu in cpus}
 
     def _read_rt_group_sched(self) -> bool | None:
         if self._cgroups.rt_groups():

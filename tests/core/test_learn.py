@@ -10,11 +10,12 @@ import pytest
 from factories import PID, START, cpus, fifo, find, guest, host, policy, put, snapshot
 
 from rtpind.core.audit import Outcome, Result
+from rtpind.core.decision import Decision
 from rtpind.core.learn import SETTLED_S, learn
 from rtpind.core.ledger import HandsOff, Ledger, Off
 from rtpind.core.memory import FIGHT_WINDOW_S, PAUSE_MAX_S, PAUSE_S, Fight, Memory, Refusal, Wanted, conditions
 from rtpind.core.model import OTHER, Guest, Limits, Placement, Snapshot, Thread
-from rtpind.core.placement import Decision, place
+from rtpind.core.placement import place
 from rtpind.core.plan import Phase, Plan, Reason, Step
 
 PROCESS = (PID, START)

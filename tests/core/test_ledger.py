@@ -273,7 +273,7 @@ def test_recording_keeps_who_is_left_alone():
 def test_reused_thread_number_is_another_thread():
     """A thread with the number of a recorded one, begun later, gets an original of its own."""
     old = find(guest(), "vcpu 0")
-    new = replace(old, id=replace(old.id, start=START + 1))
+    new = replace(old, id=old.id._replace(start=START + 1))
 
     assert set(Ledger().recording([old]).recording([new]).originals) == {old.id, new.id}
 
@@ -295,7 +295,7 @@ def test_incumbents_and_processes_are_those_recorded():
 def test_without_forgets_one_process():
     """After a guest was put back its originals go, and only its; that it is left alone stays."""
     one, two = guest(), guest("rt-2", pid=OTHERS)
-    again = replace(thread_id(), pid_start=START + 1)
+    again = thread_id()._replace(pid_start=START + 1)
     off = {uuid_of(PID): Off(HandsOff.RELEASED, one.process)}
     ledger = Ledger(hands_off=off).recording([*one.threads, *two.threads])
     ledger = replace(ledger, originals={**ledger.originals, again: Original("u", "emulator", Placement(cpus("0")))})
@@ -335,7 +335,7 @@ def test_guest_is_left_alone_until_it_stops_or_the_time_is_over(hands_off, kind)
 def test_pruned_drops_the_dead_and_keeps_the_unseen():
     """Threads that ended, guests that stopped and pauses that are over go; guests merely not seen stay."""
     seen, stopped, unseen = guest(), guest("rt-2", pid=OTHERS), guest("rt-3", pid=3000)
-    ended = replace(thread_id(), tid=1)
+    ended = thread_id()._replace(tid=1)
     originals = {**Ledger().recording([*seen.threads, *stopped.threads, *unseen.threads]).originals}
     originals[ended] = Original("u", "emulator", Placement(cpus("0"), OTHER))
     ledger = Ledger(

@@ -26,11 +26,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtpind.core.cpuset import NO_CPUS, CpuSet
+from rtpind.core.decision import State
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off
 from rtpind.core.memory import Memory, Refusal, Wanted, conditions
 from rtpind.core.model import OTHER, Placement, Role, Sched, Scheduling
-from rtpind.core.placement import State, fifo_withheld, place, unprotected
+from rtpind.core.placement import place
 from rtpind.core.policy import Exclusive
+from rtpind.core.protection import fifo_withheld, unprotected
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -416,7 +418,7 @@ def test_floaters_keep_off_foreign_fifo(name):
         },
     )
 
-    decision = decide(guest("float-1", vcpus=1), foreign, by=factories.policy(FLOATING))
+    decision = decide(guest("float-1", vcpus=1), foreign, by=factories.policy(FLOATING, on=host(isolated="")))
 
     assert set(where(decision, "float-1").values()) == {"1-3,7"}
 
@@ -437,7 +439,13 @@ def test_floaters_keep_off_the_places_of_an_unclaimed_guest(on, label, known, fl
     gone = put(guest("rt-gone", pid=2000), {label: on})
     ledger = touched(gone) if known else Ledger()
 
-    decision = decide(guest("float-1"), guest("home", pid=3000), gone, by=factories.policy(FLOATING), ledger=ledger)
+    decision = decide(
+        guest("float-1"),
+        guest("home", pid=3000),
+        gone,
+        by=factories.policy(FLOATING, on=host(isolated="")),
+        ledger=ledger,
+    )
 
     assert set(where(decision, "float-1").values()) == {floats}
     assert set(where(decision, "home").values()) == {"0"}
@@ -447,7 +455,7 @@ def test_floaters_with_no_pool_left_go_to_housekeeping():
     """Where foreign FIFO takes a whole pool its floaters go to housekeeping."""
     foreign = put(guest("stranger", pid=2000), {"vcpu 0": "1-7"}, fifo())
 
-    decision = decide(guest("float-1", vcpus=1), foreign, by=factories.policy(FLOATING))
+    decision = decide(guest("float-1", vcpus=1), foreign, by=factories.policy(FLOATING, on=host(isolated="")))
 
     assert set(where(decision, "float-1").values()) == {"0"}
 
@@ -456,7 +464,7 @@ def test_floaters_with_nowhere_to_go_stay_where_they_are():
     """Where foreign FIFO takes housekeeping too, floaters have no wanted place rather than an empty one."""
     foreign = put(guest("stranger", pid=2000), {"vcpu 0": "1-7", "vcpu 1": "0"}, fifo())
 
-    decision = decide(guest("float-1", vcpus=1), foreign, by=factories.policy(FLOATING))
+    decision = decide(guest("float-1", vcpus=1), foreign, by=factories.policy(FLOATING, on=host(isolated="")))
 
     assert where(decision, "float-1") == {}
     assert states(decision)["float-1"] is State.PLACED
@@ -934,7 +942,7 @@ def test_room_for_threads_that_are_not_settled_goes_by_age():
 @pytest.mark.parametrize("tid", [1, 9999])
 def test_two_claimants_of_one_vcpu_need_one_pcpu(tid):
     """A thread that claims a settled vCPU's name takes no second pCPU, and does not draw the vCPU to its own."""
-    forger = replace(unsettled(0, on="6"), id=replace(thread_id(), tid=tid))
+    forger = replace(unsettled(0, on="6"), id=thread_id()._replace(tid=tid))
 
     decision = decide(put(guest("rt-1", vcpus=1, extra=[forger]), {}))
 
@@ -945,7 +953,7 @@ def test_two_claimants_of_one_vcpu_need_one_pcpu(tid):
 
 def test_doubtful_claimants_need_one_pcpu():
     """Two threads of which nobody knows yet which is the vCPU have room for one."""
-    two = [replace(unsettled(0), id=replace(thread_id(), tid=tid)) for tid in (7, 8)]
+    two = [replace(unsettled(0), id=thread_id()._replace(tid=tid)) for tid in (7, 8)]
 
     decision = decide(guest("rt-1", vcpus=0, extra=two))
 
@@ -1117,9 +1125,9 @@ def worlds(draw):
 
 def slot_of(found, one):
     """Return what a thread's place is exclusive to, by its class."""
-    entry = (POLICY.classes[found.class_name].entries)[one.role]
+    entry = POLICY.classes[found.class_name].entry(one.role, one.index)
     if entry.share_with is not None:
-        return f"vcpu {entry.share_with}"
+        return str(entry.share_with)
     if entry.exclusive is Exclusive.GUEST:
         return "guest"
     return one.id
@@ -1186,9 +1194,15 @@ def test_every_wanted_place_is_a_pool_s(world):
             wanted = found.wanted.get(one.id)
             if wanted is None:
                 continue
-            entries = policy_.classes[found.class_name].entries
+            class_ = policy_.classes[found.class_name]
             names = (
-                {"own"} if wanted.exclusive else {"housekeeping", entries[one.role].pool, entries[Role.EMULATOR].pool}
+                {"own"}
+                if wanted.exclusive
+                else {
+                    "housekeeping",
+                    class_.entry(one.role, one.index).pool,
+                    class_.entry(Role.EMULATOR, None).pool,
+                }
             )
             assert any(wanted.cpus <= policy_.pool(name, seen.host) for name in names)
 
@@ -1316,7 +1330,7 @@ def test_newcomers_move_no_placed_guest(world, late):
             one,
             uuid=f"late-{one.uuid}",
             threads=tuple(
-                replace(thread, guest=f"late-{one.uuid}", id=replace(thread.id, pid=thread.id.pid + 9))
+                replace(thread, guest=f"late-{one.uuid}", id=thread.id._replace(pid=thread.id.pid + 9))
                 for thread in one.threads
             ),
         )

@@ -24,10 +24,11 @@ from factories import (
     thread_id,
 )
 
+from rtpind.core.decision import Decision, GuestDecision, State
 from rtpind.core.ledger import HandsOff, Ledger, Off, Original
 from rtpind.core.memory import Fight, Memory, Refusal, Wanted, conditions
 from rtpind.core.model import OTHER, Guest, Limits, Placement, Role, Sched, Scheduling, Snapshot, Thread
-from rtpind.core.placement import Decision, GuestDecision, State, place
+from rtpind.core.placement import place
 from rtpind.core.plan import Plan, Reason, in_place, is_drift, make, release
 from rtpind.core.policy import Drift, Policy
 
@@ -65,7 +66,7 @@ def planned(*guests: Guest, memory: Memory | None = None, drift: Drift = Drift.R
     policy_: Policy = kwargs.pop("policy", None) or policy()
     seen = snapshot(*guests, **kwargs)
     memory = memory or Memory()
-    return make(place(policy_, seen, memory, kwargs.pop("ledger", Ledger())), seen, memory, drift)
+    return make(place(replace(policy_, drift=drift), seen, memory, kwargs.pop("ledger", Ledger())), seen, memory)
 
 
 def decided(*guests: Guest, policy_: Policy | None = None) -> Decision:
@@ -295,7 +296,7 @@ def test_what_is_not_managed_is_never_touched(of: Guest, ledger: Ledger) -> None
     """No step for a guest without a rule, released or paused, whatever it looks like."""
     seen = snapshot(put(of, {"vcpu 0": "0-7", "emulator": "3"}, fifo()))
 
-    assert make(place(policy(), seen, Memory(), ledger), seen, Memory(), Drift.REPAIR) == Plan()
+    assert make(place(policy(), seen, Memory(), ledger), seen, Memory()) == Plan()
 
 
 # --- the second look ---------------------------------------------------------------------------------------------
@@ -684,7 +685,7 @@ def test_a_thread_that_has_nowhere_to_be_is_left_alone() -> None:
     decision = Decision(guests=(GuestDecision(guest=of, state=State.PLACED),))
     seen: Snapshot = snapshot(of)
 
-    assert make(decision, seen, Memory(), Drift.REPAIR) == Plan()
+    assert make(decision, seen, Memory()) == Plan()
     assert not in_place(decision.guests[0], Memory(), host())
 
 

@@ -24,10 +24,13 @@ from rtpind.core.policy import (
     GuestClass,
     Mode,
     Policy,
+    Pool,
     Rule,
+    Share,
     WhenFull,
 )
-from rtpind.core.policyfile import load, parse_cpus
+from rtpind.core.policyfile import load
+from rtpind.core.reading import parse_cpus
 
 HERE = Path(__file__).parent
 BAD = sorted((HERE / "policies" / "bad").glob("*.yaml"))
@@ -123,6 +126,7 @@ def test_bad_files_are_many():
         ("~", "1: the file is empty (a policy needs at least 'version: 1')"),
         ("version: 1\r\nmode: no\r\n", "2: mode: 'no' is not 'observe' or 'enforce'"),
         ("version: 1\n...\nx: 1", "3: not YAML: expected a single document in the stream that begins on line 1, but"),
+        ("a:  # b\n|\n\n", "1: not YAML: overlap in comment"),
         ("#" * 300_000, "1: the file is larger than 262144 characters (this is no policy file)"),
         ("[" * 20_000, "1: not a policy: nested too deeply"),
         ('a: "\\x"', "1: not YAML: while scanning a double-quoted scalar expected escape sequence of 2 hexdecimal"),
@@ -185,7 +189,7 @@ def test_a_problem_reads_as_one_line():
 def test_reads_a_whole_policy():
     """Every key of a good file arrives in the policy."""
     policy = good(GOOD)
-    helpers, beside = Entry(pool="helpers"), Entry(share_with=0)
+    helpers, beside = (Entry(pool="helpers"),), (Entry(share_with=Share(Role.VCPU, 0)),)
 
     assert (policy.mode, policy.drift, policy.when_full) == (Mode.ENFORCE, Drift.REPAIR, WhenFull.DEGRADE)
     assert (policy.uri, policy.period_s) == ("qemu:///system", 0.5)
@@ -195,16 +199,16 @@ def test_reads_a_whole_policy():
     assert policy.classes["realtime"] == GuestClass(
         name="realtime",
         entries=dict.fromkeys(Role, helpers)
-        | {Role.VCPU: Entry(pool="realtime", exclusive=Exclusive.THREAD, priority=1)},
+        | {Role.VCPU: (Entry(pool="realtime", exclusive=Exclusive.THREAD, priority=1),)},
     )
     assert policy.classes["own-pcpu"] == GuestClass(
         name="own-pcpu",
         unsafe=True,
-        entries={role: Entry(pool="realtime", exclusive=Exclusive.GUEST) for role in Role}
-        | {Role.VCPU: Entry(pool="realtime", exclusive=Exclusive.THREAD, priority=60)},
+        entries=dict.fromkeys(Role, (Entry(pool="realtime", exclusive=Exclusive.GUEST),))
+        | {Role.VCPU: (Entry(pool="realtime", exclusive=Exclusive.THREAD, priority=60),)},
     )
     assert policy.classes["dpdk"].entries == {
-        Role.VCPU: Entry(pool="realtime", exclusive=Exclusive.THREAD),
+        Role.VCPU: (Entry(pool="realtime", exclusive=Exclusive.THREAD),),
         Role.EMULATOR: beside, Role.IOTHREAD: helpers, Role.VHOST: beside, Role.PIT: beside,
     }  # fmt: skip
     assert policy.rules[1] == Rule(number=2, line=21, class_name="own-pcpu", name="rt-*", uuid="0f4c2a5e-*")
@@ -342,7 +346,7 @@ def test_a_role_that_is_not_named_follows_emulator():
     """A role without an entry gets the emulator's, and the emulator by default housekeeping."""
     text = "version: 1\npools: {a: 0}\nclasses:\n  x: {emulator: {pool: a}}\n  y: {vcpu: {pool: a}}\n  z: {}\n"
     classes = good(text).classes
-    a, housekeeping = Entry(pool="a"), Entry(pool=HOUSEKEEPING)
+    a, housekeeping = (Entry(pool="a"),), (Entry(pool=HOUSEKEEPING),)
 
     assert classes["x"].entries == dict.fromkeys(Role, a)
     assert classes["y"].entries == dict.fromkeys(Role, housekeeping) | {Role.VCPU: a}
@@ -370,7 +374,7 @@ def test_a_high_priority_needs_unsafe(priority):
     policy, problems = load(text, HOST)
 
     assert (policy is not None) == (priority < 50) == (not problems)
-    assert good(text + "    unsafe: true\n").classes["x"].entries[Role.VCPU].priority == priority
+    assert good(text + "    unsafe: true\n").classes["x"].entries[Role.VCPU][0].priority == priority
 
 
 # The shipped file
@@ -398,7 +402,9 @@ def test_the_shipped_suggestions_are_valid_without_their_hash():
     """Whoever takes the '# ' from the shipped pools and rules has a valid policy on a host with isolated pCPUs."""
     policy = good(re.sub(r"^(  )# (?=housekeeping|helpers|-)", r"\1", SHIPPED, flags=re.MULTILINE))
 
-    assert [rule.class_name for rule in policy.rules] == ["unmanaged", "realtime", "dedicated"]
+    classes = ["unmanaged", "realtime", "realtime", "dedicated", "from-xml", "from-xml"]
+    assert [rule.class_name for rule in policy.rules] == classes
+    assert policy.rules[1].pcpus == (6,)
     assert {name: str(policy.pool(name, HOST)) for name in policy.pools} == {
         "realtime": "2-7", "housekeeping": "0-1", "helpers": "0-1",
     }  # fmt: skip
@@ -436,8 +442,9 @@ def test_the_defaults_of_the_schema_are_what_an_entry_gets():
     text = "version: 1\npools: {r: 2-7}\nclasses: {x: {vcpu: {pool: r, exclusive: thread, scheduler: fifo}}}\n"
     made = good(text).classes["x"]
 
-    assert declared(schema["entry"]) == {"priority": made.entries[Role.VCPU].priority}
-    assert declared(schema["class"]) == {"unsafe": made.unsafe}
+    assert declared(schema["entry"]) == {"priority": 1, "missing_ids": "refuse"}
+    assert made.entries[Role.VCPU][0] == Entry(pool="r", exclusive=Exclusive.THREAD, priority=1, clip=False)
+    assert declared(schema["class"]) == {"unsafe": made.unsafe, "cputune": "respect"}
 
 
 # Rules
@@ -498,7 +505,7 @@ def test_a_rule_says_where_it_stands():
 
 def test_pool_is_what_is_online():
     """A policy gives out only the pCPUs of a pool that are online."""
-    policy = Policy(pools={"a": CpuList(((True, CpuSet.parse("0-3")),))}, classes={})
+    policy = Policy(pools={"a": Pool(cpus=CpuList(((True, CpuSet.parse("0-3")),)))}, classes={})
 
     assert str(policy.pool("a", make_host(online="1-2"))) == "1-2"
 
@@ -518,7 +525,7 @@ def check(text):
         assert all(1 <= problem.line <= len(re.split(r"\r\n|[\r\n\x85\u2028\u2029]", text)) for problem in problems)
         if policy is not None:
             for made in policy.classes.values():
-                for entry in made.entries.values():
+                for _, entry in made.every():
                     assert entry.share_with is not None or policy.pool(entry.pool, HOST) <= HOST.online
             for rule in policy.rules:
                 assert (policy.class_of(rule) is None) == (rule.class_name == "unmanaged")

@@ -476,7 +476,7 @@ def permute(random: Random) -> None:
     )
     originals = replace(ledger, originals=dict(shuffled(random, ledger.originals.items())))
 
-    again = make(place(life.policy, snapshot, other, originals), snapshot, other, life.policy.drift)
+    again = make(place(life.policy, snapshot, other, originals), snapshot, other)
 
     assert repr(again) == plan
 

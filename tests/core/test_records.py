@@ -189,9 +189,9 @@ def notices(
 ) -> list[tuple[Kind, str]]:
     memory = memory or Memory()
     decision = place(by, snap, memory, ledger or Ledger())
-    plan = plan or make(decision, snap, memory, by.drift)
+    plan = plan or make(decision, snap, memory)
     assert found.uuid in {entry.guest.uuid for entry in decision.guests}
-    found_notices = standing(by, snap, decision, plan, memory, outcomes or [])
+    found_notices = standing(snap, decision, plan, memory, outcomes or [])
     return [(record.kind, record.message) for _, record in found_notices]
 
 

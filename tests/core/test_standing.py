@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 from factories import cpus, fifo, find, guest, host, policy, put, snapshot
 
+from rtpind.core.decision import Decision, GuestDecision
 from rtpind.core.learn import learn
 from rtpind.core.ledger import Ledger
 from rtpind.core.memory import PAUSE_S, Fight, Memory, Refusal, Wanted, conditions
 from rtpind.core.model import Guest, Placement, Role, Sched, Scheduling, Thread
-from rtpind.core.placement import Decision, GuestDecision, place
+from rtpind.core.placement import place
 from rtpind.core.plan import Plan
 from rtpind.core.verdict import Verdict, hazards, judge
 

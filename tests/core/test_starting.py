@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 from factories import find, guest, policy, sighting, snapshot
 
+from rtpind.core.decision import Decision, State
 from rtpind.core.identify import identify
 from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest
-from rtpind.core.placement import Decision, State, place
+from rtpind.core.placement import place
 from rtpind.core.plan import make
-from rtpind.core.policy import Drift
 from rtpind.core.verdict import Verdict, judge
 
 
@@ -30,7 +30,7 @@ def test_a_young_guest_without_a_settled_vcpu_is_not_touched(vcpus: int) -> None
     """No thread gets a place and no step is planned; it is looked at again in a moment, and pending."""
     found = unsettled(guest(vcpus=vcpus, young=True))
     decision = decide(found)
-    plan = make(decision, snapshot(found), Memory(), Drift.REPAIR)
+    plan = make(decision, snapshot(found), Memory())
     verdict, why = judge(find(found, "emulator"), decision.guests[0], decision, Memory(), snapshot(found))
 
     assert [(entry.state, entry.wanted) for entry in decision.guests] == [(State.PLACED, {})]

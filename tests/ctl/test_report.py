@@ -9,6 +9,7 @@ from documents import DAEMON, OTHERS, validate
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.memory import Memory
 from rtpind.core.model import Role
+from rtpind.core.topology import Topology
 from rtpind.daemon import report
 
 NAMES = [
@@ -59,9 +60,14 @@ def fact(name, policy=None, others=OTHERS, **facts):
         ("RT_GROUP_SCHED", {"rt_group_sched": True}, "yes", True),
         ("RT_GROUP_SCHED", {"rt_group_sched": True, "rt_runtime_us": -1}, "yes", False),
         ("RT_GROUP_SCHED", {"rt_group_sched": None}, "unknown", False),
-        ("SMT siblings across pools", {"siblings": None}, "no", False),
-        ("SMT siblings across pools", {"siblings": {2: CpuSet([2, 3])}}, "no", False),
-        ("SMT siblings across pools", {"siblings": {4: CpuSet([0, 4]), 0: CpuSet([0, 4])}}, "pCPU 4", True),
+        ("SMT siblings across pools", {"topology": Topology()}, "no", False),
+        ("SMT siblings across pools", {"topology": Topology(cores={2: CpuSet([2, 3])})}, "no", False),
+        (
+            "SMT siblings across pools",
+            {"topology": Topology(cores={4: CpuSet([0, 4])})},
+            "pCPU 4",
+            True,
+        ),
         ("helper pool in isolated set", {}, "no", False),
     ],
 )
@@ -81,8 +87,8 @@ def test_a_fact_is_said_with_its_danger(name, facts, value, warned):
 )
 def test_the_facts_look_at_the_policys_pools(helpers, name, value, warned):
     """With a policy it is its pools that count: where helpers float, and what lies beside what is given out."""
-    host = {"siblings": {4: CpuSet([0, 4]), 7: CpuSet([3, 7])}}
-    policy = factories.policy(POOLS.replace("HELPERS", helpers))
+    host = {"topology": Topology(cores={4: CpuSet([0, 4]), 7: CpuSet([3, 7])})}
+    policy = factories.policy(POOLS.replace("HELPERS", helpers), on=factories.host(isolated="4-7"))
 
     assert fact(name, policy, **host) == (value, warned)
 

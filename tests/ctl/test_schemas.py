@@ -7,12 +7,12 @@ import jsonschema
 import pytest
 
 from rtpind import schemas
+from rtpind.core.decision import State
 from rtpind.core.model import Role, Sched, Scheduling
-from rtpind.core.placement import State
 from rtpind.core.plan import Phase, Reason
 from rtpind.core.verdict import Verdict
 
-NAMES = ["status", "plan", "explain", "verify", "check-config", "hands"]
+NAMES = ["status", "plan", "guest-shape", "capacity", "explain", "verify", "check-config", "hands"]
 
 
 def parts(schema, path=()):

@@ -19,7 +19,6 @@ from rtpind.core.memory import Memory
 from rtpind.core.model import OTHER, Guest, Kind, Limits, Placement, Role, Sched, Scheduling, Thread, ThreadId
 from rtpind.core.placement import place
 from rtpind.core.plan import Phase, Plan, Reason, Step, make
-from rtpind.core.policy import Drift
 from rtpind.daemon.apply import RealKernel, apply, pretend
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.proc import Proc
@@ -67,7 +66,7 @@ def test_a_whole_plan_ends_with_every_thread_in_place() -> None:
     memory = Memory(right_since={(PID, START): 0.0})
     for _ in range(2):
         seen = world.snapshot()
-        plan = make(place(policy(), seen, memory, Ledger()), seen, memory, Drift.REPAIR)
+        plan = make(place(policy(), seen, memory, Ledger()), seen, memory)
         outcomes = carried_out(world, *plan.steps)
 
     assert {tid: (str(now.cpus), str(now.scheduling)) for tid, now in world.where().items()} == {
@@ -177,7 +176,7 @@ def test_nothing_is_done_to_a_thread_that_took_a_number_over() -> None:
     """The same tid with another start time is another thread."""
     world, vcpu = one()
     seen = world.snapshot()
-    world.change(vcpu.id.tid, id=replace(vcpu.id, start=999))
+    world.change(vcpu.id.tid, id=vcpu.id._replace(start=999))
     told: list[Outcome] = []
 
     assert results(apply(Plan(steps=(step(vcpu, Phase.ENTER, "2"),)), seen, world, told.append)) == ["vanished"]
@@ -300,7 +299,7 @@ def test_the_real_kernel_knows_a_thread_by_its_start_time() -> None:
     proc = Proc(Path("/"))
     kernel = RealKernel(proc, Cgroups(Path("/")))
     me = own_thread(proc)
-    other = replace(me, id=replace(me.id, start=me.id.start + 1))
+    other = replace(me, id=me.id._replace(start=me.id.start + 1))
     gone = replace(me, id=ThreadId(2**22, 1, 2**22, 1))
     now = kernel.read(me)
 

@@ -12,7 +12,7 @@ from trees import V2, make_tree, process, stat_line, until
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.memory import Memory, Refusal, Wanted
-from rtpind.core.model import Kind, Role
+from rtpind.core.model import Kind, Role, Traits
 from rtpind.daemon.observe import Observer
 
 HOST = {
@@ -213,6 +213,94 @@ def test_the_memory_decides_who_is_who(tmp_path, hold, tids):
         tids[0]: "vcpu 0",
         tids[1]: "emulator",
     }
+
+
+def test_traits_are_of_the_process_that_they_were_told_of(tmp_path, hold, tids):
+    """They stay until the guest is another process, or no domain any more; another guest has none of them."""
+    first, other = hold("a"), hold("b")
+    made = observer(tmp_path, **guest(first.pid, {}), **guest(other.pid, {}))
+    domains = {"u1": "a", "u2": "b"}
+    traits = Traits(flavor="rt")
+
+    def seen(**more):
+        return [one.traits for one in made.look(domains, Memory(), **more).guests]
+
+    assert seen() == [None, None]
+    assert made.process_of("a") == (first.pid, 500)
+    assert made.describe("u1", (first.pid, 500), traits)
+    assert not made.describe("u1", (first.pid, 500), traits)
+    assert made.describe("u2", (other.pid, 499), traits)
+    assert seen(only={"u2"}) == [None, None]
+    assert seen(only={"u1"}) == [traits, None]
+    assert seen() == [traits, None]
+
+    make_tree(tmp_path, {f"proc/{first.pid}/stat": stat_line(first.pid, start=501)})
+    assert made.process_of("a") == (first.pid, 501)
+    assert seen() == [None, None]
+
+    make_tree(tmp_path, {f"proc/{first.pid}/stat": stat_line(first.pid, start=500)})
+    assert seen() == [traits, None]
+    made.look({"u2": "b"}, Memory())
+    assert seen() == [None, None]
+
+
+def test_the_nodes_of_memory_are_read_at_looks_at_everything(tmp_path, hold, tids):
+    """Quick looks take them as they were, of the same process; huge pages, and a host with one node, tell nothing."""
+    first, huge = hold("a"), hold("b")
+    two = {f"sys/devices/system/node/node{node}/cpulist": f"{node}\n" for node in (0, 1)}
+    two["sys/devices/system/node/online"] = "0-1\n"
+    where = "sys/fs/cgroup/{}.scope/libvirt/memory.numa_stat"
+    files = guest(first.pid, {}, "/a.scope/libvirt") | guest(huge.pid, {}, "/b.scope/libvirt")
+    files |= {where.format(name): f"anon N0=0 N1={2**30}\n" for name in "ab"}
+    files[f"proc/{huge.pid}/status"] = "Name:\tx\nHugetlbPages:\t 1048576 kB\n"
+    files[f"proc/{first.pid}/status"] = "Name:\tx\nHugetlbPages:\t       0 kB\n"
+    domains = {"u1": "a", "u2": "b"}
+    made = observer(tmp_path, **files, **two)
+
+    def seen(**more):
+        return [str(one.nodes) for one in made.look(domains, Memory(), **more).guests]
+
+    assert seen(only={"u1", "u2"}) == ["", ""]
+    assert seen() == ["1", ""]
+    make_tree(tmp_path, {where.format("a"): f"anon N0={2**30} N1=0\n"})
+    assert seen(only={"u1"}) == ["1", ""]
+    assert seen() == ["0", ""]
+
+    make_tree(tmp_path, {f"proc/{first.pid}/stat": stat_line(first.pid, start=501)})
+    assert seen(only={"u1"}) == ["", ""]
+
+    (tmp_path / "sys/devices/system/node/online").write_text("0\n")
+    one_node = Observer(tmp_path, tmp_path / "run")
+    assert [str(one.nodes) for one in one_node.look(domains, Memory()).guests] == ["", ""]
+
+
+def test_pinned_threads_of_others_are_looked_for_in_looks_at_everything(tmp_path, hold, tids):
+    """A quick look shows what was found last. Guests are not among them, wherever they may run."""
+    child, early = hold("a"), hold("early")
+    pinned = max(os.sched_getaffinity(0))
+    for tid in tids:
+        os.sched_setaffinity(tid, {pinned})
+    files = guest(child.pid, {tids[0]: ("CPU 0/KVM", "vcpu0")})
+    files |= process(early.pid, {early.pid: stat_line(early.pid)}, "0::/system.slice/libvirtd.service\n")
+    files |= process(tids[2], {tids[2]: stat_line(tids[2], "ptp4l")})
+    files |= process(tids[1], {tids[1]: stat_line(tids[1], "virtiofsd")}, f"0::{HOME}/emulator\n")
+    files[f"sys/fs/cgroup{HOME}/emulator/cgroup.threads"] = f"{child.pid}\n{tids[1]}\n"
+    made = observer(tmp_path, **files)
+    domains = {"u1": "a", "u2": "early"}
+
+    assert made.look(domains, Memory(), only={"u1"}).host.busy == {}
+    assert made.look(domains, Memory()).host.busy == {pinned: f"ptp4l ({tids[2]})"}
+    os.sched_setaffinity(tids[2], os.sched_getaffinity(0))
+    assert made.look(domains, Memory(), only={"u1"}).host.busy == {pinned: f"ptp4l ({tids[2]})"}
+
+
+def test_who_does_not_run_is_no_process(tmp_path, hold):
+    """No pid file, or one whose holder is gone from /proc."""
+    hold("vanished")
+    made = observer(tmp_path)
+
+    assert made.process_of("none") is None
+    assert made.process_of("vanished") is None
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from factories import PID, START, cpus, fifo, guest, host, policy, thread, uuid_of
 from simulated import Disk, Killed, World
 
-from rtpind.core.audit import Kind, Record
+from rtpind.core.audit import Kind, Level, Record
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off
 from rtpind.core.model import OTHER, Guest, Placement, Role, Sched, Scheduling
 from rtpind.core.policy import Drift, Mode, Policy
@@ -316,8 +316,8 @@ def test_a_fight_is_paused_for_longer_each_time_without_fifo_off_its_place(daemo
 def test_what_the_kernel_refuses_is_asked_and_said_once_until_something_changes(daemon: Daemon) -> None:
     """A fence and a missing budget; and a fence that widens, or a host that throttles otherwise."""
     world = daemon.world
-    world.put(VCPU, cpus=cpus("4-5"))
-    world.tasks[VCPU].fence = cpus("4-5")
+    world.put(VCPU, cpus=cpus("0-1"))
+    world.tasks[VCPU].fence = cpus("0-1")
     world.tasks[SIBLING].budget = False
     daemon.settle()
     calls = daemon.calls()
@@ -325,10 +325,10 @@ def test_what_the_kernel_refuses_is_asked_and_said_once_until_something_changes(
 
     assert daemon.calls() == calls
     assert len(daemon.said(Kind.REFUSED)) == 2
-    assert world.where()[VCPU] == Placement(cpus("4-5"))
+    assert world.where()[VCPU] == Placement(cpus("0-1"))
     assert world.where()[SIBLING] == Placement(cpus("3"))
 
-    world.tasks[VCPU].fence = cpus("2-5")
+    world.tasks[VCPU].fence = cpus("0-2")
     daemon.run()
 
     assert world.where()[VCPU].cpus == cpus("2")
@@ -342,6 +342,17 @@ def test_what_the_kernel_refuses_is_asked_and_said_once_until_something_changes(
     daemon.settle()
 
     assert world.where() == PLACED
+
+
+def test_a_vcpu_is_placed_inside_the_cpuset_that_fences_it_in(daemon: Daemon) -> None:
+    """Refused a pCPU outside its fence, it gets one of the pool inside, at FIFO."""
+    world = daemon.world
+    world.put(VCPU, cpus=cpus("4-5"))
+    world.tasks[VCPU].fence = cpus("4-5")
+    daemon.settle()
+
+    assert world.where()[VCPU] == Placement(cpus("4"), fifo())
+    assert world.where()[SIBLING].cpus == cpus("3")
 
 
 def test_a_step_that_the_law_forbids_is_said_once(daemon: Daemon) -> None:
@@ -597,3 +608,39 @@ def test_one_guests_trouble_blocks_no_other(file: LedgerFile) -> None:
     assert sorted(str(now.scheduling) for now in placed.values()) == ["fifo:1", "other"]
     assert world.where()[PID] == Placement(cpus("0-7"))
     assert thread(role=Role.VCPU).id.tid == VCPU
+
+
+# --- pCPUs that come and go --------------------------------------------------------------------------------------
+
+
+def test_a_pcpu_that_goes_offline_is_said_with_who_was_on_it(daemon: Daemon) -> None:
+    """The vCPU whose only pCPU it was, by name and loudly, once; those that had others are not said."""
+    daemon.settle()
+    before = len(daemon.records)
+    daemon.world.host = host(online="0,2,4-7", possible="0-7")
+    daemon.world.put(SIBLING, cpus=cpus("0,2,4-7"))  # the kernel does
+    daemon.run()
+
+    host_wide, thread_ = (record for record in daemon.records[before:] if record.kind is Kind.HOTPLUG)
+    assert (host_wide.message, host_wide.level) == ("pCPU 1,3 went offline", Level.WARNING)
+    assert host_wide.fields == {"OLD_CPUS": "0-7", "NEW_CPUS": "0,2,4-7"}
+    assert thread_.level is Level.WARNING
+    assert thread_.message.startswith(f"rt-1: vcpu 1 (CPU 1/KVM, tid {SIBLING}): its pCPU 3 went offline")
+    assert (thread_.fields["GUEST"], thread_.fields["TID"], thread_.fields["OLD_CPUS"]) == ("rt-1", str(SIBLING), "3")
+
+    daemon.settle()
+    before = len(daemon.records)
+    daemon.world.host = host()
+    daemon.run()
+    daemon.run()
+
+    said = [record for record in daemon.records[before:] if record.kind is Kind.HOTPLUG]
+    assert [(record.message, record.level) for record in said] == [("pCPU 1,3 came online", Level.NOTICE)]
+
+
+def test_a_pcpu_that_was_offline_before_is_no_news(daemon: Daemon) -> None:
+    """What the daemon finds at its start is no change."""
+    daemon.world.host = host(online="0,2-7", possible="0-7")
+    daemon.run()
+
+    assert daemon.said(Kind.HOTPLUG) == []

@@ -144,6 +144,98 @@ def test_a_host_without_cpusets_has_no_fence(tmp_path):
     assert limits_of(make_tree(tmp_path, {"proc/self/mountinfo": V1}), v1(VCPU, VCPU)) == Limits()
 
 
+MIB = 1024 * 1024
+PAGES = 256  # of 4 KiB in a MiB
+
+
+def nodes_of(root, mountinfo, text, **files):
+    files = {name: content for name, content in files.items() if content is not None}
+    make_tree(root, {"proc/self/mountinfo": mountinfo, "proc/7/task/7/cgroup": text, **files})
+    return str(Cgroups(root).nodes(7))
+
+
+def stat2(**kinds):
+    """Return a memory.numa_stat of version 2, with sizes by node in MiB."""
+    lines = {"anon": [], "file": [], "shmem": [], "unevictable": []} | kinds
+    return "".join(
+        f"{kind} {' '.join(f'N{node}={size * MIB}' for node, size in enumerate(sizes))}\n"
+        for kind, sizes in lines.items()
+    )
+
+
+def stat1(**kinds):
+    """Return one of version 1, in pages."""
+    lines = {"total": [9999], "file": [], "anon": [], "unevictable": []} | kinds
+    lines |= {f"hierarchical_{kind}": [8888] for kind in lines}
+    return "".join(
+        f"{kind}={sum(sizes) * PAGES} {' '.join(f'N{node}={size * PAGES}' for node, size in enumerate(sizes))}\n"
+        for kind, sizes in lines.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "nodes"),
+    [
+        ([1024, 0], "0"),
+        ([30, 1024], "1"),
+        ([512, 512], "0-1"),
+        ([128] * 8, "0-7"),
+        ([1000, 142, 0, 0], "0"),
+        ([896, 128, 0, 0], "0-1"),  # an eighth counts
+        ([63, 0], ""),  # too little to say anything
+        ([64, 0], "0"),
+        ([], ""),
+    ],
+)
+def test_nodes_are_those_with_a_share_of_the_memory(tmp_path, sizes, nodes):
+    """An eighth of it, once there is more than QEMU's own; the same by either version."""
+    emulator = f"{SCOPE}/libvirt/emulator"
+    where2, where1 = f"sys/fs/cgroup{SCOPE}/libvirt/memory.numa_stat", f"sys/fs/cgroup/memory{SCOPE}/memory.numa_stat"
+    v1_ = V1 + "30 1 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+
+    assert nodes_of(tmp_path / "2", V2, f"0::{emulator}\n", **{where2: stat2(anon=sizes, file=[9000])}) == nodes
+    assert nodes_of(tmp_path / "1", v1_, v1(VCPU, VCPU, f"4:memory:{SCOPE}"), **{where1: stat1(anon=sizes)}) == nodes
+
+
+def test_locked_and_shared_memory_count(tmp_path):
+    """Version 1 has locked pages in a line of their own, version 2 the shared ones."""
+    v1_ = V1 + "30 1 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+    text1 = stat1(anon=[20, 0], unevictable=[0, 2000])
+    text2 = stat2(anon=[20, 0], shmem=[0, 2000], unevictable=[5000, 0])
+
+    where = f"sys/fs/cgroup/memory{SCOPE}/memory.numa_stat"
+    assert nodes_of(tmp_path / "1", v1_, v1(VCPU, VCPU, f"4:memory:{SCOPE}"), **{where: text1}) == "1"
+    where = f"sys/fs/cgroup{SCOPE}/memory.numa_stat"
+    assert nodes_of(tmp_path / "2", V2, f"0::{SCOPE}/libvirt/emulator\n", **{where: text2}) == "1"
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "text"),
+    [
+        (V2, f"0::{SCOPE}/emulator\n"),  # the slice is everybody's
+        (V2, "0::/machine.slice\n"),
+        (V2, "0::/\n"),
+        (V1, v1(VCPU, VCPU)),
+        (V1 + "30 1 0:26 / /sys/fs/cgroup rw - cgroup cgroup rw,memory\n", v1(VCPU, VCPU, "4:memory:/")),
+        ("", f"0::{SCOPE}/libvirt/emulator\n"),
+    ],
+)
+def test_memory_of_others_says_nothing(tmp_path, mountinfo, text):
+    """What stands above the guest's own cgroups is not read; nor does a host without a memory controller tell."""
+    files = {f"sys/fs/cgroup{path}/memory.numa_stat": stat2(anon=[1024]) for path in ("", "/machine.slice")}
+
+    assert nodes_of(tmp_path, mountinfo, text, **files) == ""
+    assert str(Cgroups(tmp_path).nodes(8)) == ""
+
+
+@pytest.mark.parametrize("text", ["", "anon\n", "anon N0\n", "anon N0=x N=1 Nx=2\n", "\0\n\n", "anon N0=" + "9" * 30])
+def test_an_odd_count_is_none(tmp_path, text):
+    """Lines that make no sense are passed over."""
+    where = f"sys/fs/cgroup{SCOPE}/libvirt/memory.numa_stat"
+
+    assert nodes_of(tmp_path, V2, f"0::{SCOPE}/libvirt/emulator\n", **{where: text}) == ""
+
+
 def test_a_thread_that_ended_has_no_limits(tmp_path):
     """The thread may be gone by the time it is asked."""
     assert Cgroups(make_tree(tmp_path, {"proc/self/mountinfo": V1})).limits(7, 8) == Limits()

@@ -10,7 +10,9 @@ import libvirt
 import pytest
 from trees import until
 
-from rtpind.host.hypervisor import Changed, Domain, Hypervisor, Listed, Lost, list_once
+from rtpind.core.model import Traits
+from rtpind.host.details import Described
+from rtpind.host.hypervisor import METADATA, Changed, Domain, Hypervisor, Listed, Lost, describe_once, list_once
 
 TEST = "test:///default"
 TEST_DOMAIN = Domain("6695eb01-f6a4-8304-79aa-97f2502e193f", "test")
@@ -151,8 +153,65 @@ def test_a_change_is_posted_as_it_happens(watch, domain):
     domain.create()
     until(lambda: len(posts.of(Changed)) >= 4, "four changes")
 
-    whats = ["lifecycle", "lifecycle", "stopped", "lifecycle"]
-    assert posts.of(Changed) == [Changed(TEST_DOMAIN, what) for what in whats]
+    whats = [("lifecycle", False), ("lifecycle", True), ("stopped", False), ("lifecycle", True)]
+    assert posts.of(Changed) == [Changed(TEST_DOMAIN, what, redefined) for what, redefined in whats]
+
+
+def test_a_change_of_metadata_is_told_as_that(watch, domain):
+    """It is a change of the definition, and of nothing else."""
+    _, posts = watch(TEST)
+    until(lambda: posts, "connected")
+    domain.setMetadata(2, "<x/>", "x", "urn:x", 1)
+    domain.setMetadata(2, None, "x", "urn:x", 1)
+    until(lambda: len(posts.of(Changed)) >= 2, "two changes")
+
+    assert posts.of(Changed) == [Changed(TEST_DOMAIN, METADATA, redefined=True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "redefined"),
+    [
+        ({"cputune.vcpupin0": "1"}, True),
+        ({"cputune.emulatorpin": "1"}, False),
+        ({"cputune.cpu_shares": 2}, False),
+        ({"blkdeviotune.disk": "vda", "blkdeviotune.total_bytes_sec": 1}, False),
+        ({}, False),
+    ],
+)
+def test_only_pins_of_vcpus_are_another_definition(domain, values, redefined):
+    """Shares and the throttling of disks are tunables too. The test driver has no such event."""
+    posts = Posts()
+    Hypervisor(TEST, posts.append)._on_tunable(None, domain, values, "tunable")
+
+    assert posts == [Changed(TEST_DOMAIN, "tunable", redefined=redefined)]
+
+
+def test_a_definition_is_posted_when_asked_for(watch, domain):
+    """With whom it was asked of; a domain that there is not has no answer, and does not hold up the next."""
+    hypervisor, posts = watch(TEST)
+    until(lambda: posts, "connected")
+    hypervisor.describe("00000000-0000-0000-0000-000000000000", (1, 1))
+    hypervisor.describe(TEST_DOMAIN.uuid, (100, 7))
+    until(lambda: posts.of(Described), "it is described")
+
+    assert posts.of(Described) == [Described(TEST_DOMAIN.uuid, (100, 7), Traits())]
+
+
+def test_nobody_is_described_without_a_connection(tmp_path):
+    """What is asked while libvirt is away is asked anew after it has come: no answer, and no error."""
+    assert Hypervisor(f"qemu+unix:///system?socket={tmp_path / 'none'}", print)._xml(TEST_DOMAIN.uuid) is None
+
+
+def test_an_error_is_one_as_long_as_the_connection_is_there(proxy):
+    """What fails because the connection was cut is asked for anew by who hears of that."""
+    front = proxy()
+    hypervisor = Hypervisor(front.uri, print)
+    hypervisor._conn = libvirt.openReadOnly(front.uri)
+    with pytest.raises(libvirt.libvirtError):
+        hypervisor._xml("not a UUID")
+    front.cut()
+
+    assert hypervisor._xml(TEST_DOMAIN.uuid) is None
 
 
 def test_a_new_list_is_posted_when_asked_for(watch, domain):
@@ -237,6 +296,17 @@ def test_a_command_gets_a_list_or_none_in_time(proxy, tmp_path):
     assert list_once(f"qemu+unix:///system?socket={tmp_path / 'none'}") is None
     assert list_once("nonsense:///") is None
     assert list_once(proxy(deaf=True).uri, timeout_s=0.3) is None
+    assert time.monotonic() - begun < 4
+
+
+def test_a_command_gets_the_definitions_that_come_in_time(proxy):
+    """What libvirt does not know is left out; a libvirt that is deaf is no answer, and soon."""
+    begun = time.monotonic()
+    asked = ["00000000-0000-0000-0000-000000000000", TEST_DOMAIN.uuid]
+
+    assert describe_once(TEST, asked) == {TEST_DOMAIN.uuid: Traits()}
+    assert describe_once("nonsense:///", asked) == {}
+    assert describe_once(proxy(deaf=True).uri, asked, timeout_s=0.3) == {}
     assert time.monotonic() - begun < 4
 
 

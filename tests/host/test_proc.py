@@ -110,6 +110,24 @@ def test_every_scheduling_policy_is_known(tmp_path, policy, sched, reset):
     assert found.scheduling == Scheduling(sched, 4, reset)
 
 
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("HugetlbPages:\t 2048 kB\n", True),
+        ("HugetlbPages:\t    0 kB\n", False),
+        ("Name:\tHugetlbPages: 1\n", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_pages_of_hugetlbfs_are_seen(tmp_path, text, has):
+    """A process with any has them; one that is gone, or a kernel without, has none."""
+    if text is not None:
+        make_tree(tmp_path, {"proc/7/status": f"Name:\tx\n{text}"})
+
+    assert Proc(tmp_path).has_hugetlb(7) is has
+
+
 def test_a_guest_is_seen_with_all_its_threads(tmp_path):
     """Every thread of QEMU is there, with its name, its cgroup's leaf, its flags and its age."""
     seen = sightings(guest_tree(tmp_path))

@@ -15,6 +15,7 @@ from rtpind.host.proc import Proc
 from rtpind.host.sysfs import HostFacts
 
 CPU = "sys/devices/system/cpu"
+NODES = "sys/devices/system/node"
 FAIR = "sys/kernel/debug/sched/fair_server/cpu{}/runtime"
 RUNTIME = "proc/sys/kernel/sched_rt_runtime_us"
 HOST = {
@@ -44,12 +45,41 @@ def fair(*runtimes):
 
 
 def test_the_pcpus_of_a_host_are_read(tmp_path):
-    """Online, possible, isolated, and siblings; one without a sibling list is its own."""
+    """Online, possible and isolated pCPUs, the kernel and its throttling."""
     host = read(tmp_path)
 
     assert (str(host.online), str(host.possible), str(host.isolated)) == ("0-3", "0-7", "2-3")
-    assert {cpu: str(cpus) for cpu, cpus in host.siblings.items()} == {0: "0,2", 1: "1", 2: "2", 3: "3"}
     assert (host.kernel, host.rt_runtime_us) == ("6.12.1", 950000)
+
+
+def test_the_topology_is_read(tmp_path):
+    """Siblings, caches, sockets and nodes; what a pCPU shows nothing of is left out."""
+    changes = {
+        f"{CPU}/cpu2/topology/thread_siblings_list": "0,2\n",
+        f"{CPU}/cpu0/cache/index3/shared_cpu_list": "0-1\n",
+        f"{CPU}/cpu1/cache/index3/shared_cpu_list": "5\n",  # not itself: cannot be
+        f"{CPU}/cpu3/topology/package_cpus_list": "2-3\n",
+        f"{NODES}/online": "0,2\n",
+        f"{NODES}/node0/cpulist": "0-3\n",
+        f"{NODES}/node2/cpulist": "4-7\n",
+    }
+
+    topology = read(tmp_path, **changes).topology
+
+    assert topology.cores == {0: CpuSet([0, 2]), 2: CpuSet([0, 2])}
+    assert [str(topology.siblings(cpu)) for cpu in range(4)] == ["0,2", "1", "0,2", "3"]
+    assert (topology.caches, topology.sockets) == ({0: CpuSet([0, 1])}, {3: CpuSet([2, 3])})
+    assert topology.nodes == {0: CpuSet.parse("0-3"), 2: CpuSet.parse("4-7")}
+
+
+def test_the_topology_is_read_again_when_others_are_online(tmp_path):
+    """A pCPU that comes online shows its siblings then."""
+    facts = facts_at(tmp_path)
+    assert facts.read().topology.siblings(1) == CpuSet([1])
+
+    make_tree(tmp_path, {f"{CPU}/online": "0-4\n", f"{CPU}/cpu1/topology/thread_siblings_list": "1,4\n"})
+
+    assert facts.read().topology.siblings(1) == CpuSet([1, 4])
 
 
 def test_isolated_partitions_count_as_isolated(tmp_path):
@@ -66,7 +96,7 @@ def test_an_odd_list_is_an_empty_one(tmp_path, text):
 
     host = read(tmp_path, **changes)
 
-    assert (str(host.isolated), str(host.possible), str(host.siblings[0])) == ("", "0-3", "0")
+    assert (str(host.isolated), str(host.possible), str(host.topology.siblings(0))) == ("", "0-3", "0")
 
 
 def test_what_changes_is_read_each_time(tmp_path):
@@ -251,11 +281,15 @@ def test_the_facts_of_this_host_are_right():
     proc.kernel_threads.scan()
     host = HostFacts(cgroups, proc).read()
 
-    online = subprocess.run(["lscpu", "-p=cpu"], capture_output=True, text=True, check=True).stdout
-    assert set(host.online) == {int(line) for line in online.splitlines() if not line.startswith("#")}
+    lines = subprocess.run(["lscpu", "-p=cpu,core,socket,node"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(",") for line in lines.splitlines() if not line.startswith("#")]
+    assert set(host.online) == {int(cpu) for cpu, *_ in rows}
+    for cpu, core, socket, node in rows:
+        same_core = {int(other[0]) for other in rows if other[1:3] == [core, socket]}
+        assert set(host.topology.siblings(int(cpu))) == same_core
+        assert not node or host.topology.node_of(int(cpu)) == int(node)
     assert host.online <= host.possible
     assert host.kernel == os.uname().release
     assert host.rt_runtime_us == int(Path("/proc/sys/kernel/sched_rt_runtime_us").read_text())
-    assert all(cpu in siblings for cpu, siblings in host.siblings.items())
     if Path("/sys/fs/cgroup/cpu/cpu.rt_runtime_us").exists():
         assert host.rt_group_sched is True

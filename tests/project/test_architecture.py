@@ -80,6 +80,7 @@ def test_a_planted_mock_is_found(planted: str) -> None:
         ("host/proc.py", "from rtpind.daemon import inbox", "imports go one way"),
         ("daemon/service.py", "import libvirt", "only host.hypervisor imports libvirt"),
         ("ctl/show.py", "from systemd import journal", "only host.journal imports systemd-python"),
+        ("host/sysfs.py", "from pyudev import Monitor", "only host.udev imports pyudev"),
         ("daemon/report.py", "import prometheus_client", "only host.metrics imports prometheus-client"),
     ],
 )

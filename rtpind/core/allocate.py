@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which of the free pCPUs a guest gets: close to each other, close to its memory, and so that large guests still fit.
+
+The smallest part of the host that has enough room is taken (an L3 cache before a NUMA node before a socket), among
+equals the fullest, among those the lowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rtpind.core.cpuset import CpuSet
+from rtpind.core.policy import Siblings
+from rtpind.core.topology import Topology
+
+
+def choose(
+    count: int, free: CpuSet, topology: Topology, areas: Sequence[CpuSet], siblings: Siblings, threads: int = 1
+) -> tuple[int, ...]:
+    """Return ``count`` of the ``free`` pCPUs in the order of the guest's vCPUs; empty when they are too few.
+
+    ``areas``: where to look, the best first. ``threads``: of each of the guest's own cores; a guest that has them
+    gets pCPUs of one core for vCPUs of one core, as far as there are.
+    """
+    if siblings is Siblings.IDLE:
+        free -= topology.above(free)  # one of each core
+    paired = threads > 1 or siblings is Siblings.SAME_GUEST
+    for area in areas:
+        for kind in (*topology.domains, (area,)):
+            rooms = [room for domain in kind if len(room := domain & area & free) >= count]
+            if rooms:
+                best = min(rooms, key=lambda room: (len(room), room.first()))
+                return tuple((_paired if paired else _spread)(best, topology))[:count]
+    return ()
+
+
+def _paired(cpus: CpuSet, topology: Topology) -> Iterator[int]:
+    """Yield pCPUs core by core, whole cores first."""
+    halves = cpus & topology.beside(CpuSet(topology.cores) - cpus)
+    for part in (cpus - halves, halves):
+        for cpu in part - topology.above(part):
+            yield from topology.siblings(cpu) & part
+
+
+def _spread(cpus: CpuSet, topology: Topology) -> Iterator[int]:
+    """Yield pCPUs so that idle cores come before the siblings of pCPUs that are in use."""
+    crowded = cpus & (topology.above(cpus) | topology.beside(CpuSet(topology.cores) - cpus))
+    yield from cpus - crowded
+    yield from crowded

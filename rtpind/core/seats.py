@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Gives guests the pCPUs that they need for themselves: keeps what they have, fills what they lack. Pure.
+
+What is kept is asked before what is new, and a guest gets all that it lacks or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rtpind.core.allocate import choose
+from rtpind.core.claims import NOBODY, Claims
+from rtpind.core.cpuset import NO_CPUS, CpuSet
+from rtpind.core.model import Role
+from rtpind.core.needs import Inputs, Item, Slot, unshared
+from rtpind.core.policy import Numa, Siblings
+
+
+class Seats:
+    """The pCPUs given out so far. ``fenced``: guest UUID → what a cpuset holds its helpers to."""
+
+    def __init__(self, inputs: Inputs, claims: Claims, fenced: dict[str, CpuSet]) -> None:
+        self._inputs = inputs
+        self._claims = claims
+        self._fenced = fenced
+        self._given: dict[tuple[str, str], int] = {}  # (guest UUID, slot label) → pCPU
+        self._crowded: set[tuple[str, str]] = set()  # those of them whose siblings are not as the pool says
+
+    def cpu(self, item: Item, slot: Slot) -> int | None:
+        """Return the pCPU of a slot; None when it has none."""
+        return self._given.get((item.guest.uuid, slot.label))
+
+    def crowding(self, item: Item) -> str:
+        """Return which of a guest's pCPUs have siblings that are not as their pool wants them; "" for none."""
+        crowded = [slot for slot in item.slots if (item.guest.uuid, slot.label) in self._crowded]
+        if not crowded:
+            return ""
+        pool = crowded[0].entry.pool
+        idle = self._inputs.options(pool).siblings is Siblings.IDLE
+        what = "no core with idle siblings" if idle else "no core of its own"
+        return f"{what} in '{pool}' for {', '.join(slot.label for slot in crowded)}: others may run beside it"
+
+    def keep(self, items: list[Item]) -> None:
+        """Keep valid places: first those this daemon decided, then those the kernel shows; oldest guest first.
+
+        Those that are all that their pool asks for come first, then those whose siblings are not.
+        """
+        slots = [(item, slot) for item in items for slot in item.slots]
+        for item, slot in slots:
+            self._claims.expect(self._former(slot), item.guest.uuid)
+        for strict in (True, False):
+            for remembered in (True, False):
+                for item, slot in slots:
+                    if not self._has(item, slot):
+                        self._keep_slot(item, slot, strict=strict, remembered=remembered)
+        self._claims.expect_no_more()
+
+    def uncrowd(self, items: list[Item]) -> None:
+        """Give guests whose siblings are in use a core of their own, now that there may be room."""
+        for item in items:
+            if not any((item.guest.uuid, slot.label) in self._crowded for slot in item.slots):
+                continue
+            had = self._take_back(item)
+            if self._try(item) or self.crowding(item):  # half a step forward is only a move
+                self._take_back(item)
+                self._give_all(item, had)
+
+    def _try(self, item: Item) -> str:
+        """Give a guest all that it lacks, its siblings as the pools want them, or nothing. Return why not."""
+        had = {slot: place for slot in item.slots if (place := self._place(item, slot)) is not None}
+        short = self._fill(item, strict=True)
+        if short and self._inputs.degrades(item.class_):
+            self._take_back(item)
+            self._give_all(item, had)
+        return short
+
+    def fit(self, item: Item) -> str:
+        """Give a guest the places it lacks: all of them, or (but for one placed before) none. Return why not."""
+        kept = any(
+            self._inputs.placed(thread) if self._has(item, slot) else self._former(slot)
+            for slot in item.slots
+            for thread in slot.threads
+        )  # then a thread plugged into the guest takes no place from the others
+        short = unshared(item)
+        if not short:
+            short = self._try(item)
+            if short and self._inputs.degrades(item.class_):
+                short = self._fill(item, strict=False)
+        if short and not kept:
+            self._take_back(item)
+        return "" if kept else short
+
+    def _keep_slot(self, item: Item, slot: Slot, *, strict: bool, remembered: bool) -> None:
+        for thread in slot.threads:
+            place = self._inputs.memory.places.get(thread.id) if remembered else thread.now
+            if place is None or len(place.cpus) != 1 or not thread.settled:
+                continue
+            ours = self._inputs.placed(thread)
+            if not (strict or ours or self._inputs.degrades(item.class_)):
+                continue
+            # A foreign thread that comes to where a vCPU runs is an intruder; moving away from each is no steady state.
+            if self._usable(item, slot, strict=strict, beside=NOBODY if ours else None) & place.cpus:
+                self._give(item, slot, place.cpus.first(), strict=strict)
+                return
+
+    def _usable(self, item: Item, slot: Slot, *, strict: bool, beside: str | None = None) -> CpuSet:
+        """Return the pCPUs that a guest may take for ``slot``; ``strict``: with the siblings as the pool wants them.
+
+        A vCPU is not put where a cpuset holds a helper of its guest, if there is another pCPU: it could never be FIFO.
+        """
+        uuid, traits = item.guest.uuid, self._inputs.options(slot.entry.pool)
+        cpus = self._claims.free(self._inputs.pool(slot.entry.pool), uuid, beside=beside)
+        if slot.allowed is not None:
+            cpus &= slot.allowed
+        near = self._inputs.near(item.guest) if traits.numa is Numa.STRICT else NO_CPUS
+        if near:
+            cpus &= near
+        if strict:
+            cpus = self._claims.alone(cpus, uuid, traits.siblings)
+        fenced = self._fenced.get(uuid, NO_CPUS) if slot.alone else NO_CPUS
+        return (cpus - fenced) or cpus
+
+    def _give(self, item: Item, slot: Slot, cpu: int, *, strict: bool) -> None:
+        siblings = self._inputs.options(slot.entry.pool).siblings
+        key = (item.guest.uuid, slot.label)
+        if not strict and siblings is not Siblings.IGNORE:
+            self._crowded.add(key)
+            siblings = Siblings.IGNORE
+        self._claims.give(cpu, item.guest.uuid, slot.label, siblings)
+        self._given[key] = cpu
+
+    def _place(self, item: Item, slot: Slot) -> tuple[int, bool] | None:
+        """Return the pCPU of a slot, and whether its siblings are as its pool wants them."""
+        cpu = self.cpu(item, slot)
+        return None if cpu is None else (cpu, (item.guest.uuid, slot.label) not in self._crowded)
+
+    def _take_back(self, item: Item) -> dict[Slot, tuple[int, bool]]:
+        """Take a guest's places back; return them."""
+        had = {slot: place for slot in item.slots if (place := self._place(item, slot)) is not None}
+        for slot in had:
+            del self._given[(item.guest.uuid, slot.label)]
+            self._crowded.discard((item.guest.uuid, slot.label))
+        self._claims.take_back(item.guest.uuid)
+        return had
+
+    def _give_all(self, item: Item, places: Mapping[Slot, tuple[int, bool]]) -> None:
+        for slot, (cpu, strict) in places.items():
+            self._give(item, slot, cpu, strict=strict)
+
+    def _has(self, item: Item, slot: Slot) -> bool:
+        return (item.guest.uuid, slot.label) in self._given
+
+    def _fill(self, item: Item, *, strict: bool) -> str:
+        """Give a guest what it lacks, as far as there is room. Return what there was none for."""
+        short = ""
+        lacking = [slot for slot in item.slots if not self._has(item, slot)]
+        for slot in sorted(
+            (slot for slot in lacking if slot.allowed is not None), key=lambda slot: len(slot.allowed or ())
+        ):
+            cpus = self._usable(item, slot, strict=strict) or self._former(slot)
+            if cpus:
+                self._give(item, slot, cpus.first(), strict=strict)
+            else:
+                short = short or self._lack(slot, strict=strict)
+        groups: dict[tuple[str, bool], list[Slot]] = {}
+        for slot in lacking:
+            if slot.allowed is None:
+                groups.setdefault((slot.entry.pool, slot.role is Role.VCPU), []).append(slot)
+        for slots in groups.values():
+            short = self._fill_group(item, slots, strict=strict) or short
+        return short
+
+    def _fill_group(self, item: Item, slots: list[Slot], *, strict: bool) -> str:
+        """Give slots of one pool pCPUs that are close to each other."""
+        pool = slots[0].entry.pool
+        traits, threads = self._inputs.options(pool), item.guest.traits.threads if item.guest.traits is not None else 1
+        siblings = traits.siblings if strict else Siblings.IGNORE
+        free = self._usable(item, slots[0], strict=strict)
+        for count in range(len(slots), 0, -1):
+            chosen = choose(count, free, self._inputs.host.topology, self._areas(item, pool), siblings, threads)
+            if chosen:
+                break
+        else:
+            chosen = ()
+        for slot, cpu in zip(slots, chosen, strict=False):
+            self._give(item, slot, cpu, strict=strict)
+        short = ""
+        for slot in slots[len(chosen) :]:
+            former = self._former(slot)
+            if former:
+                self._give(item, slot, former.first(), strict=False)
+            else:
+                short = short or self._lack(slot, strict=strict)
+        return short
+
+    def _areas(self, item: Item, pool: str) -> list[CpuSet]:
+        """Return where to look for pCPUs, the best first: close to the guest's others, then to its memory."""
+        found: list[CpuSet] = []
+        numa, near = self._inputs.options(pool).numa, self._inputs.near(item.guest)
+        others = CpuSet(cpu for slot in item.slots if (cpu := self.cpu(item, slot)) is not None)
+        if others:
+            found += [domain for kind in self._inputs.host.topology.domains for domain in kind if domain & others]
+        if numa is not Numa.IGNORE and near:
+            found = [area & near for area in found] + [near]
+        return [*found, self._inputs.pool(pool)]
+
+    def _lack(self, slot: Slot, *, strict: bool) -> str:
+        """Return what a slot found no room for."""
+        where = f"in '{slot.entry.pool}'"
+        if slot.allowed is not None:
+            where = f"among {slot.allowed} of {where[3:]}"
+        core = self._inputs.options(slot.entry.pool).siblings
+        what = "core" if strict and core is not Siblings.IGNORE else "pCPU"
+        return f"no free {what} {where} for {slot.label}"
+
+    def _former(self, slot: Slot) -> CpuSet:
+        """Return the place rtpind gave a slot, though somebody is narrowed to it now: better than none (promise 6)."""
+        for thread in slot.threads:
+            touched = thread.now if thread.id in self._inputs.ledger.originals else None
+            place = self._inputs.memory.places.get(thread.id) or touched
+            if place is not None and len(place.cpus) == 1:
+                return (place.cpus & self._inputs.pool(slot.entry.pool)) - self._claims.taken
+        return NO_CPUS

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How the pCPUs of a host hang together: cores, last-level caches, NUMA nodes, sockets. Values only.
+
+Of a pCPU that the kernel tells nothing about (an offline one, say) each set is the pCPU alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rtpind.core.cpuset import NO_CPUS, CpuSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """pCPU → its core's pCPUs (SMT siblings), those of its L3 cache, and its socket's; node → the pCPUs of it."""
+
+    cores: Mapping[int, CpuSet] = field(default_factory=dict)
+    caches: Mapping[int, CpuSet] = field(default_factory=dict)
+    sockets: Mapping[int, CpuSet] = field(default_factory=dict)
+    nodes: Mapping[int, CpuSet] = field(default_factory=dict)
+
+    def siblings(self, cpu: int) -> CpuSet:
+        """Return the pCPUs of the core of ``cpu``, itself included."""
+        return self.cores.get(cpu) or CpuSet([cpu])
+
+    def beside(self, cpus: CpuSet) -> CpuSet:
+        """Return the pCPUs that have a sibling other than themselves in ``cpus``."""
+        found = 0
+        for distance, lower in self._pairs.items():
+            found |= (cpus.mask >> distance) & lower | (cpus.mask & lower) << distance
+        return CpuSet.of_mask(found)
+
+    def above(self, cpus: CpuSet) -> CpuSet:
+        """Return the pCPUs that have a lower sibling in ``cpus``."""
+        found = 0
+        for distance, lower in self._pairs.items():
+            found |= (cpus.mask & lower) << distance
+        return CpuSet.of_mask(found)
+
+    @cached_property
+    def _pairs(self) -> dict[int, int]:
+        """Distance → mask of the lower ones of two siblings so far apart: a few shifts then do for any set of pCPUs."""
+        found: dict[int, int] = {}
+        for core in set(self.cores.values()):
+            members = list(core)
+            for number, lower in enumerate(members):
+                for upper in members[number + 1 :]:
+                    found[upper - lower] = found.get(upper - lower, 0) | 1 << lower
+        return found
+
+    def of_nodes(self, nodes: CpuSet) -> CpuSet:
+        """Return the pCPUs of NUMA ``nodes``."""
+        found = NO_CPUS
+        for node in nodes:
+            found |= self.nodes.get(node, NO_CPUS)
+        return found
+
+    def node_of(self, cpu: int) -> int | None:
+        """Return the NUMA node of ``cpu``; None where the host has none."""
+        return self._node.get(cpu)
+
+    @cached_property
+    def _node(self) -> dict[int, int]:
+        return {cpu: node for node, cpus in self.nodes.items() for cpu in cpus}
+
+    @cached_property
+    def domains(self) -> tuple[tuple[CpuSet, ...], ...]:
+        """The host cut into pieces, the smallest kind first: L3 caches, then NUMA nodes, then sockets."""
+        kinds = (self.caches.values(), self.nodes.values(), self.sockets.values())
+        return tuple(tuple(sorted(set(kind), key=lambda cpus: cpus.first())) for kind in kinds if kind)
+
+    @classmethod
+    def built(cls, sockets: int, cores: int, threads: int = 1, *, caches: int = 1) -> Topology:
+        """Return a made-up host: ``cores`` of ``threads`` in each socket, which is a node and has ``caches`` L3s.
+
+        Numbered as the kernel does on x86: first each core's first thread, then the second ones.
+        """
+        total = sockets * cores
+        core_of = {core: CpuSet(core + thread * total for thread in range(threads)) for core in range(total)}
+        made: dict[str, dict[int, CpuSet]] = {"cores": {}, "caches": {}, "sockets": {}}
+        for kind, width in (("cores", 1), ("caches", max(cores // caches, 1)), ("sockets", cores)):
+            for first in range(0, total, width):
+                cpus = NO_CPUS
+                for core in range(first, first + width):
+                    cpus |= core_of[core]
+                made[kind] |= dict.fromkeys(cpus, cpus)
+        nodes = {number: made["sockets"][number * cores] for number in range(sockets)}
+        return cls(cores=made["cores"], caches=made["caches"], sockets=made["sockets"], nodes=nodes)

@@ -1,0 +1,609 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every placement scheme of the field, as a class: where each thread is to be, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import factories
+import pytest
+from factories import applied, cpus, fifo, find, guest, host, put, snapshot
+
+from rtpind.core.cpuset import CpuSet
+from rtpind.core.decision import State
+from rtpind.core.ledger import Ledger
+from rtpind.core.memory import Memory, Wanted
+from rtpind.core.model import Limits, Role, Traits
+from rtpind.core.placement import place
+from rtpind.core.policyfile import load
+from rtpind.core.topology import Topology
+from rtpind.core.verdict import Verdict, judge
+
+HOST = host()
+
+
+def policy(classes, *, pools="realtime: 2-7", rules='{name: "*", class: c}', when_full="degrade", on=HOST):
+    """Return a policy of one class ``c`` (or more), which must have no problem."""
+    text = f"version: 1\nmode: enforce\npools:\n  {pools}\nclasses:\n  {classes}\nguests:\n  - {rules}\n"
+    return factories.policy(text + f"when_full: {when_full}\n", on=on)
+
+
+def decide(by, *guests, on=HOST, memory=None, ledger=None):
+    return place(by, snapshot(*guests, host=on), memory or Memory(), ledger or Ledger())
+
+
+def where(decision, name="rt-1"):
+    """Return label → ``pCPUs`` or ``pCPUs fifo:N`` of a guest; one text where all threads of a label agree."""
+    (found,) = [each for each in decision.guests if each.guest.name == name]
+    places = {}
+    for one in found.guest.threads:
+        wanted = found.wanted.get(one.id)
+        if wanted is not None:
+            text = str(wanted.cpus) + (f" fifo:{wanted.priority}" if wanted.priority else "")
+            assert places.setdefault(one.label, text) == text
+    return places
+
+
+def state(decision, name="rt-1"):
+    (found,) = [each for each in decision.guests if each.guest.name == name]
+    return found.state, found.reason
+
+
+# Entries by their numbers
+
+
+def test_emulator_beside_a_vcpu_that_is_not_realtime():
+    """Nova's hw:cpu_realtime_mask=^0: vCPU 0 and all helpers on one pCPU, the other vCPUs alone at FIFO."""
+    by = policy(
+        """c:
+    vcpu:
+      - {ids: 0, pool: realtime, exclusive: thread}
+      - {pool: realtime, exclusive: thread, scheduler: fifo}
+    emulator: {share_with: {vcpu: 0}}"""
+    )
+
+    assert where(decide(by, guest(vcpus=3, vhosts=1))) == {
+        "emulator": "2", "vcpu 0": "2", "vcpu 1": "3 fifo:1", "vcpu 2": "4 fifo:1", "iothread 1": "2", "vhost": "2",
+    }  # fmt: skip
+
+
+def test_all_but_some_are_an_entry_too():
+    """With ^0 for FIFO, vCPU 0 is the rest."""
+    by = policy(
+        """c:
+    vcpu:
+      - {ids: "^0", pool: realtime, exclusive: thread, scheduler: fifo}
+      - {pool: housekeeping}"""
+    )
+
+    assert where(decide(by, guest())) == {
+        "emulator": "0-1", "vcpu 0": "0-1", "vcpu 1": "2 fifo:1", "iothread 1": "0-1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("vcpu", "vcpus", "reason"),
+    [
+        ("{ids: 0, pool: realtime, exclusive: thread}", 1, ""),
+        ("{ids: 0, pool: realtime, exclusive: thread}", 2, "no entry of class c covers vcpu 1"),
+        ("{ids: 1-2, pool: realtime, exclusive: thread}", 2, "class c names vcpu 2, which the guest does not have"),
+        ('{ids: "^3", pool: realtime, exclusive: thread}', 3, "class c names vcpu 3, which the guest does not have"),
+        ("{ids: 0-3, pool: realtime, exclusive: thread, missing_ids: clip}", 2, ""),
+    ],
+)
+def test_a_guest_of_another_shape_is_refused(vcpu, vcpus, reason):
+    """A vCPU without an entry, and an entry without its vCPU, refuse the guest; clip allows the latter."""
+    one = guest(vcpus=vcpus, iothreads=0)
+    by = policy(f"c: {{vcpu: {vcpu}}}")
+
+    decision = decide(by, one)
+
+    assert state(decision) == ((State.REFUSED if reason else State.PLACED), reason)
+    assert bool(where(decision)) is not bool(reason)
+    if reason:
+        judged = judge(one.threads[0], decision.guests[0], decision, Memory(), snapshot(one))
+        assert judged == (Verdict.NOT_PLACED, reason)
+
+
+def test_a_placed_guest_that_loses_its_shape_stays_placed():
+    """A vCPU that is unplugged, or plugged in without an entry, costs the other vCPUs nothing."""
+    by = policy("c: {vcpu: {ids: 0-1, pool: realtime, exclusive: thread, scheduler: fifo}}")
+    memory = Memory(places=decide(by, guest()).wanted())
+
+    assert where(decide(by, guest(vcpus=1), memory=memory))["vcpu 0"] == "2 fifo:1"
+    grown = decide(by, guest(vcpus=3), memory=memory)
+    assert where(grown)["vcpu 1"] == "3 fifo:1"
+    assert where(grown)["vcpu 2"] == "0-1"
+    assert grown.guests[0].roomless == {find(guest(vcpus=3), "vcpu 2").id}
+
+
+# Whose pCPU
+
+
+def test_iothreads_at_fifo_on_pcpus_of_their_own():
+    """Any role with its own scheduling can have pCPUs of its own."""
+    by = policy(
+        """c:
+    vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}
+    iothread: {pool: realtime, exclusive: thread, scheduler: fifo, priority: 2}"""
+    )
+
+    assert where(decide(by, guest(vcpus=1, iothreads=2))) == {
+        "vcpu 0": "2 fifo:1", "iothread 1": "3 fifo:2", "iothread 2": "4 fifo:2", "emulator": "0-1",
+    }  # fmt: skip
+
+
+def test_the_pit_beside_vcpu_0_and_above_it():
+    """As KubeVirt does: the timer's thread on vCPU 0's pCPU, with a higher priority."""
+    by = policy(
+        """c:
+    vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}
+    pit: {share_with: {vcpu: 0}, scheduler: fifo, priority: 2}"""
+    )
+
+    assert where(decide(by, guest(vcpus=1, pits=1, iothreads=0))) == {
+        "vcpu 0": "2 fifo:1", "pit": "2 fifo:2", "emulator": "0-1",
+    }  # fmt: skip
+
+
+def test_a_role_joins_another_role_s_pcpu():
+    """A vhost worker with the emulator's pCPU, and one with an iothread's."""
+    by = policy(
+        """c:
+    vcpu: {pool: realtime, exclusive: thread}
+    emulator: {pool: realtime, exclusive: guest}
+    iothread: {pool: realtime, exclusive: thread}
+    vhost: {share_with: emulator}
+    pit: {share_with: {iothread: 1}}"""
+    )
+
+    assert where(decide(by, guest(vcpus=1, vhosts=1, pits=1))) == {
+        "vcpu 0": "2", "emulator": "3", "iothread 1": "4", "vhost": "3", "pit": "4",
+    }  # fmt: skip
+
+
+def test_sharing_with_a_thread_that_is_not_there_is_no_room():
+    """A guest without the iothread to share with floats."""
+    by = policy(
+        """c:
+    vcpu: {pool: realtime, exclusive: thread}
+    iothread: {pool: realtime, exclusive: thread}
+    vhost: {share_with: {iothread: 2}}"""
+    )
+
+    decision = decide(by, guest())
+
+    assert state(decision) == (State.DEGRADED, "vhost is to share with iothread 2, which the guest does not have")
+
+
+# The guest's own <cputune>
+
+XML = Traits(pins={0: cpus("4"), 1: cpus("5")}, realtime={1: 3}, has=frozenset({"vcpusched"}))
+CPUTUNE = "c: {vcpu: {from: cputune}, emulator: {pool: housekeeping}}"
+
+
+def test_the_guests_own_cputune_is_kept_and_what_it_lacks_is_added():
+    """Pins and priority are the guest's; the helpers, which it does not pin, go to the pool."""
+    decision = decide(policy(CPUTUNE), guest(traits=XML), guest("free", pid=2000, traits=Traits()))
+
+    assert where(decision) == {"vcpu 0": "4", "vcpu 1": "5 fifo:3", "emulator": "0-1", "iothread 1": "0-1"}
+    assert where(decision, "free") == {"vcpu 0": "0-1", "vcpu 1": "0-1", "emulator": "0-1", "iothread 1": "0-1"}
+    assert set(decision.owners) == {4, 5}
+
+
+def test_what_a_cputune_holds_is_not_given_to_others():
+    """Exclusive places keep off pinned ones."""
+    by = policy(
+        f"{CPUTUNE}\n  d: {{vcpu: {{pool: realtime, exclusive: thread}}}}",
+        rules='{name: "rt-*", class: c}\n  - {name: "*", class: d}',
+    )
+    pins = Traits(pins={0: cpus("2"), 1: cpus("3-4"), 2: cpus("5-6")}, realtime={1: 1})
+
+    decision = decide(by, guest(vcpus=3, traits=pins), guest("own", pid=500, vcpus=1))
+
+    assert [where(decision)[f"vcpu {index}"] for index in range(3)] == ["2", "3-4 fifo:1", "5-6"]
+    assert where(decision, "own")["vcpu 0"] == "7"
+    assert decision.blocked == dict.fromkeys((5, 6), "rt-1: vcpu 2 (<cputune>)")
+
+
+def test_cputunes_that_collide_get_no_fifo_there():
+    """Two guests pinned to one pCPU: the older is FIFO, the younger is not, and says with whom."""
+    young = guest("young", pid=2000, start=900, traits=XML)
+
+    decision = decide(policy(CPUTUNE), young, guest(traits=XML))
+
+    assert where(decision)["vcpu 1"] == "5 fifo:3"
+    assert where(decision, "young")["vcpu 1"] == "5"
+    withheld = decision.wanted()[find(young, "vcpu 1").id].withheld
+    assert withheld == "its <cputune> shares pCPU 5 with another"
+
+
+@pytest.mark.parametrize(("pin", "place"), [("0", "0"), ("2-3", "2-3"), ("9", "0-1")])
+def test_promises_hold_for_cputune_too(pin, place):
+    """No FIFO on housekeeping; a pin on pCPUs that are not online pins nothing."""
+    traits = Traits(pins={0: cpus(pin)}, realtime={0: 1})
+
+    found = where(decide(policy(CPUTUNE), guest(vcpus=1, traits=traits)))
+
+    assert found["vcpu 0"] == place + (" fifo:1" if pin == "2-3" else "")
+
+
+def test_a_helper_can_share_with_a_pinned_vcpu():
+    """The pCPU of a vCPU that <cputune> pins can be joined."""
+    by = policy("c: {vcpu: {from: cputune}, emulator: {share_with: {vcpu: 0}}}")
+
+    assert where(decide(by, guest(traits=XML, iothreads=0)))["emulator"] == "4"
+
+
+def test_nothing_is_decided_before_the_definition_is_known():
+    """Until libvirt has told a guest's <cputune>, its threads stay as they are, and nobody gets what they have."""
+    by = policy(
+        f"{CPUTUNE}\n  d: {{vcpu: {{pool: realtime, exclusive: thread}}}}",
+        rules='{name: "rt-*", class: c}\n  - {name: "*", class: d}',
+    )
+    waiting = put(guest(), {"vcpu 0": "2"})
+
+    decision = decide(by, waiting, guest("own", pid=2000))
+
+    assert where(decision) == {}
+    assert where(decision, "own")["vcpu 0"] == "3"
+    found = next(each for each in decision.guests if each.guest.name == "rt-1")
+    assert (found.pending, found.reason) == (True, "libvirt has not told its definition yet")
+    judged = judge(waiting.threads[0], found, decision, Memory(), snapshot(waiting))
+    assert judged == (Verdict.PENDING, found.reason)
+
+
+# Rules by more than the name
+
+
+@pytest.mark.parametrize(
+    ("keys", "matches"),
+    [
+        ('flavor: "rt.*"', True),
+        ("flavor: big", False),
+        ("project: lab", True),
+        ("partition: /machine/*", True),
+        ("partition: /machine", False),
+        ("has: vcpusched", True),
+        ("has: [vcpusched, hugepages]", True),
+        ("has: [vcpusched, locked]", False),
+        ('name: "rt-*", has: locked', False),
+        ('name: "other", has: vcpusched', False),
+        ('uuid: "f*", has: vcpusched', False),
+    ],
+)
+def test_rules_match_what_libvirt_knows(keys, matches):
+    """Nova's flavor and project, the partition, and what the guest's definition has; all keys of a rule."""
+    traits = Traits(
+        flavor="rt.small", project="lab", partition="/machine/rt", has=frozenset({"vcpusched", "hugepages"})
+    )
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}", rules=f"{{{keys}, class: c}}")
+
+    decided = decide(by, guest(traits=traits)).guests[0]
+
+    assert decided.state is (State.PLACED if matches else State.UNMANAGED)
+
+
+def test_a_rule_that_may_match_is_waited_for():
+    """A guest of which libvirt has not told is left alone until it has, unless an earlier rule matches."""
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}", rules='{flavor: "rt.*", class: c}')
+    first = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread}}",
+        rules='{name: "rt-*", class: c}\n  - {flavor: "rt.*", class: c}',
+    )
+    hands_off = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread}}",
+        rules='{has: locked, class: unmanaged}\n  - {name: "*", class: c}',
+    )
+
+    assert decide(by, guest()).guests[0].pending
+    assert decide(hands_off, guest()).guests[0].pending
+    assert where(decide(first, guest()))["vcpu 0"] == "2"
+
+
+def test_rules_say_their_keys():
+    """A rule is named by what it asks for."""
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread}}",
+        rules='{name: "a*", flavor: f, has: [locked, hugepages], pcpus: 6, class: c}',
+    )
+
+    assert str(by.rules[0]) == "guests[0] name=a* flavor=f has=hugepages has=locked → c"
+
+
+def test_fixed_pcpus_in_the_order_of_the_vcpus():
+    """A rule's pcpus are for the exclusive vCPUs in their order; further vCPUs get any."""
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}", rules='{name: "*", pcpus: [7, "3"], class: c}')
+
+    decision = decide(by, guest(vcpus=3), guest("late", pid=2000, start=900, vcpus=1))
+
+    assert [where(decision)[f"vcpu {index}"] for index in range(3)] == ["7", "3", "2"]
+    assert state(decision, "late") == (State.DEGRADED, "no free pCPU among 7 of 'realtime' for vcpu 0")
+
+
+def test_a_place_that_the_rule_no_longer_wants_is_left():
+    """When pcpus changes, the vCPU moves."""
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}", rules='{name: "*", pcpus: 7, class: c}')
+    one = put(guest(vcpus=1), {"vcpu 0": "3"})
+    memory = Memory(places={find(one, "vcpu 0").id: Wanted(cpus("3"), exclusive=True)})
+
+    assert where(decide(by, one, memory=memory))["vcpu 0"] == "7"
+
+
+# What a class says itself
+
+
+def test_a_class_has_its_own_drift_and_when_full():
+    """Per class, in place of the policy's."""
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread}, drift: ignore, when_full: leave}\n"
+        "  d: {vcpu: {pool: realtime, exclusive: thread}}",
+        pools="realtime: 2",
+        rules='{name: "rt-*", class: c}\n  - {name: "*", class: d}',
+    )
+
+    decision = decide(by, guest(vcpus=1), guest("rt-2", pid=2000, vcpus=1, start=900))
+
+    assert decision.guests[0].drift == "ignore"
+    assert state(decision, "rt-2")[0] is State.LEFT
+    other = decide(by, guest(vcpus=1), guest("x", pid=2000, vcpus=1, start=900))
+    assert state(other, "x")[0] is State.DEGRADED
+    assert other.guests[1].drift == by.drift
+
+
+# Topology
+
+SMT = Topology.built(2, 4, 2)  # 0-3,8-11 and 4-7,12-15; siblings n and n+8
+BIG = {"online": "0-15", "isolated": "1-7,9-15", "topology": SMT}
+
+
+def smt(siblings="ignore", numa="preferred", **kwargs):
+    return policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}}",
+        pools=f'realtime: {{cpus: "1-7,9-15", siblings: {siblings}, numa: {numa}}}',
+        on=host(**BIG),
+        **kwargs,
+    )
+
+
+def vcpus_of(decision, name="rt-1"):
+    found = where(decision, name)
+    return [found[f"vcpu {index}"].removesuffix(" fifo:1") for index in range(sum(label[0] == "v" for label in found))]
+
+
+@pytest.mark.parametrize(
+    ("siblings", "vcpus", "threads", "cpus_"),
+    [
+        ("ignore", 2, 1, ["1", "2"]),  # two cores, though one would do
+        ("ignore", 4, 1, ["1", "2", "3", "9"]),
+        ("ignore", 2, 2, ["1", "9"]),  # as the guest's own two threads
+        ("ignore", 3, 2, ["1", "9", "2"]),
+        ("same-guest", 2, 1, ["1", "9"]),
+        ("same-guest", 3, 1, ["1", "9", "2"]),
+        ("idle", 2, 1, ["1", "2"]),
+        ("idle", 3, 2, ["1", "2", "3"]),
+        ("idle", 4, 1, ["4", "5", "6", "7"]),  # the first socket has only three whole cores
+    ],
+)
+def test_siblings_are_used_as_the_pool_says(siblings, vcpus, threads, cpus_):
+    """Idle siblings, siblings of the same guest, or whoever comes; pairs for a guest that has threads itself."""
+    one = guest(vcpus=vcpus, traits=Traits(threads=threads))
+
+    assert vcpus_of(decide(smt(siblings), one, on=host(**BIG))) == cpus_
+
+
+@pytest.mark.parametrize(
+    ("siblings", "taken"), [("idle", ["2", "3"]), ("same-guest", ["2", "10"]), ("ignore", ["2", "3"])]
+)
+def test_another_guest_keeps_off_the_siblings(siblings, taken):
+    """Of a guest with one vCPU the other sibling is nobody's, unless siblings are ignored."""
+    decision = decide(smt(siblings), guest(vcpus=1), guest("two", pid=2000, start=900), on=host(**BIG))
+
+    assert vcpus_of(decision) == ["1"]
+    assert vcpus_of(decision, "two") == taken
+
+
+def test_a_step_is_lost_before_the_place_and_got_back_when_there_is_room():
+    """Siblings idle, then siblings shared, then housekeeping without FIFO; each is said; a core comes with room."""
+    by, on = smt("idle"), host(**BIG)
+    first = guest("a", vcpus=6, start=400)
+    crowded = decide(by, first, guest("b", pid=2000, vcpus=2), on=on)
+
+    assert (state(crowded, "a")[0], vcpus_of(crowded, "b")) == (State.PLACED, ["7", "15"])
+    assert state(crowded, "b") == (
+        State.CROWDED, "no core with idle siblings in 'realtime' for vcpu 0, vcpu 1: others may run beside it",
+    )  # fmt: skip
+    memory = Memory(places=crowded.wanted())
+    seen = applied(snapshot(first, guest("b", pid=2000, vcpus=2), host=on), crowded)
+    kept = place(by, seen, memory, Ledger())
+    assert kept.wanted() == crowded.wanted()
+    of_b = next(each for each in kept.guests if each.guest.name == "b")
+    vcpu = find(of_b.guest, "vcpu 0")
+    assert judge(vcpu, of_b, kept, memory, seen)[0] is Verdict.NOT_PLACED
+
+    alone = place(by, replace(seen, guests=seen.guests[1:]), memory, Ledger())
+
+    assert state(alone, "b") == (State.PLACED, "")
+    assert vcpus_of(alone, "b") == ["1", "2"]
+
+
+def test_with_leave_no_step_is_lost():
+    """A class that wants idle siblings or nothing gets nothing."""
+    by, on = smt("idle", when_full="leave"), host(**BIG)
+
+    decision = decide(by, guest("a", vcpus=6, start=400), guest("b", pid=2000, vcpus=2), on=on)
+
+    assert state(decision, "b") == (State.LEFT, "no free core in 'realtime' for vcpu 1")
+
+
+def test_a_core_that_the_host_or_helpers_use_is_not_idle():
+    """The sibling of a housekeeping pCPU is given out last."""
+    on = host(online="0-15", isolated="1-15", topology=SMT)
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread}}", pools="realtime: {cpus: isolated, siblings: idle}", on=on
+    )
+
+    assert vcpus_of(decide(by, guest(vcpus=3), on=on)) == ["1", "2", "3"]
+    assert "8" not in vcpus_of(decide(by, guest(vcpus=7), on=on))
+
+
+def test_guests_are_close_together_and_fill_what_is_begun():
+    """A guest stays within one L3 cache where it can, in the fullest that has room; a large one still fits later."""
+    on = host(online="0-15", isolated="1-15", topology=Topology.built(2, 8, caches=2))
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}", pools="realtime: isolated", on=on)
+
+    decision = decide(
+        by,
+        guest("a", vcpus=2, start=1),
+        guest("b", pid=2000, vcpus=4, start=2),
+        guest("c", pid=3000, vcpus=1, start=3),
+        guest("d", pid=4000, vcpus=8, start=4),
+        on=on,
+    )
+
+    assert vcpus_of(decision, "a") == ["1", "2"]
+    assert vcpus_of(decision, "b") == ["4", "5", "6", "7"]
+    assert vcpus_of(decision, "c") == ["3"]
+    assert vcpus_of(decision, "d") == [str(cpu) for cpu in range(8, 16)]
+
+
+def test_a_vcpu_that_is_plugged_in_stays_close_to_its_guest():
+    """The third vCPU goes to the cache of the first two, though another is fuller."""
+    on = host(online="0-15", isolated="1-15", topology=Topology.built(2, 8, caches=2))
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}", pools="realtime: isolated", on=on)
+    one = put(guest(), {"vcpu 0": "8", "vcpu 1": "9"})
+    memory = Memory(places={find(one, f"vcpu {n}").id: Wanted(cpus(str(8 + n)), exclusive=True) for n in (0, 1)})
+    grown = replace(one, threads=(*one.threads, find(guest(vcpus=3), "vcpu 2")))
+
+    assert vcpus_of(decide(by, grown, on=on, memory=memory)) == ["8", "9", "10"]
+
+
+@pytest.mark.parametrize(
+    ("numa", "nodes", "bound", "cpus_"),
+    [
+        ("preferred", "", "", ["1", "2"]),
+        ("preferred", "1", "", ["4", "5"]),
+        ("preferred", "0", "1", ["4", "5"]),  # what it is bound to counts more than where it lies
+        ("strict", "1", "", ["4", "5"]),
+        ("strict", "", "", ["1", "2"]),  # not known
+        ("ignore", "1", "1", ["1", "2"]),
+    ],
+)
+def test_pcpus_are_near_the_guests_memory(numa, nodes, bound, cpus_):
+    """On the node of its memory: always, where there is room, or by chance."""
+    one = guest(nodes=cpus(nodes), traits=Traits(nodes=cpus(bound)))
+
+    assert vcpus_of(decide(smt("ignore", numa), one, on=host(**BIG))) == cpus_
+
+
+def test_preferred_goes_elsewhere_when_its_node_is_full_and_strict_does_not():
+    """Nine pCPUs are not on one node of eight."""
+    large = guest(vcpus=9, nodes=cpus("1"))
+
+    assert state(decide(smt(numa="preferred"), large, on=host(**BIG)))[0] is State.PLACED
+    full = state(decide(smt(numa="strict"), large, on=host(**BIG)))
+    assert full == (State.DEGRADED, "no free pCPU in 'realtime' for vcpu 8")
+
+
+def test_a_strict_pool_serves_helpers_from_the_guests_own_node():
+    """Helpers float only over the pCPUs of their guest's node; where the pool has none there, over all."""
+    on = host(online="0-15", isolated="1-3,5-7,9-15", topology=SMT)
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread}, emulator: {pool: helpers}}",
+        pools="realtime: isolated\n  helpers: {cpus: [0, 4], numa: strict}",
+        on=on,
+    )
+
+    assert where(decide(by, guest(nodes=cpus("1")), on=on))["emulator"] == "4"
+    assert where(decide(by, guest(nodes=cpus("0-1")), on=on))["emulator"] == "0,4"
+    assert where(decide(by, guest(nodes=cpus("3")), on=on))["emulator"] == "0,4"
+
+
+# Others on the host
+
+
+def test_what_others_are_pinned_to_is_busy():
+    """A pCPU that somebody's thread is pinned to is not given out; a vCPU that is there stays."""
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}")
+    on = host(busy={2: "ptp4l (812)", 3: "dpdk (99)"})
+    there = put(guest(vcpus=1), {"vcpu 0": "3"})
+    memory = Memory(places={find(there, "vcpu 0").id: Wanted(cpus("3"), exclusive=True)})
+
+    fresh = decide(by, guest(vcpus=1), on=on)
+
+    assert where(fresh)["vcpu 0"] == "4"
+    assert fresh.blocked == {2: "busy: ptp4l (812)", 3: "busy: dpdk (99)"}
+    assert where(decide(by, there, on=on, memory=memory))["vcpu 0"] == "3"
+
+
+def test_floating_vcpus_share_what_is_left():
+    """A pool of both kinds: floaters leave a pCPU that is given out, and come back when it is free."""
+    on = host(isolated="")
+    by = policy(
+        "c: {vcpu: {pool: guests, exclusive: thread}}\n  f: {vcpu: {pool: guests}}",
+        pools="housekeeping: 0-1\n  guests: 2-7",
+        rules='{name: "rt-*", class: c}\n  - {name: "*", class: f}',
+        on=on,
+    )
+    floats = guest("web", pid=2000)
+
+    assert where(decide(by, floats, on=on), "web")["vcpu 0"] == "2-7"
+    both = decide(by, floats, guest(), on=on)
+    assert where(both, "web")["vcpu 0"] == "4-7"
+    assert where(both, "web")["emulator"] == "0-1"
+
+
+def test_a_fence_inside_the_pool_is_where_the_vcpu_goes():
+    """A vCPU that a cpuset refused its place gets one of the pool inside the cpuset; the narrowest fence first."""
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}}")
+    one = guest(vcpus=3)
+    fences = {"vcpu 0": "4-5", "vcpu 1": "4", "vcpu 2": "0-1"}
+    threads = [
+        replace(each, limits=Limits(fence=cpus(fences[each.label]))) if each.label in fences else each
+        for each in one.threads
+    ]
+
+    assert vcpus_of(decide(by, replace(one, threads=tuple(threads)))) == ["5", "4", "2"]
+
+
+# The schemes that ship
+
+SHIPPED = (Path(__file__).parents[2] / "etc/rtpind.yaml").read_text()
+
+
+def test_every_scheme_that_ships_is_one_of_these():
+    """Each class of the shipped policy, its comments taken off, places a guest of three vCPUs."""
+    text = SHIPPED.replace('  # - {name: "rt-*", class: realtime}', '  - {name: "CLASS", class: CLASS}')
+    made, problems = load(SHIPPED, HOST)
+    assert made is not None
+    assert [problem for problem in problems if not problem.warning] == []
+    for name in made.classes:
+        by, problems = load(text.replace("CLASS", name), HOST)
+        assert by is not None, problems
+        decision = decide(by, guest(name, vcpus=3, traits=Traits(pins={0: cpus("4")})))
+        assert state(decision, name) == (State.PLACED, ""), name
+        assert len(where(decision, name)) == 5
+
+
+def test_a_full_host_costs_no_placed_guest_its_place():
+    """Whoever comes, in whatever number: who is placed stays."""
+    by, on = smt("same-guest"), host(**BIG)
+    first = [guest("a", vcpus=3, start=400), guest("b", pid=2000, vcpus=5, start=401)]
+    before = decide(by, *first, on=on)
+    seen = applied(snapshot(*first, host=on), before)
+    crowd = [guest(f"z{n}", pid=5000 + 1000 * n, vcpus=1 + n % 3, start=300 + n) for n in range(12)]
+
+    after = place(by, replace(seen, guests=(*seen.guests, *crowd)), Memory(places=before.wanted()), Ledger())
+
+    for id_, wanted in before.wanted().items():
+        if wanted.exclusive:
+            assert after.wanted()[id_] == wanted
+
+
+def test_the_empty_set_of_fixed_ids_is_no_id():
+    """Ids that are inverted overlap with each other, and with what they do not take away."""
+    by = policy('c: {vcpu: {ids: "^0", pool: realtime, exclusive: thread, missing_ids: clip}}')
+    (entry,) = by.classes["c"].entries[Role.VCPU]
+
+    assert (0 in entry.ids, 1 in entry.ids, str(entry.ids)) == (False, True, "^0")
+    assert CpuSet([0]) == entry.ids.named
+    assert fifo().priority == 1

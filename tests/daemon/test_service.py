@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the loop does with words from libvirt and the kernel: whose definition is asked for, and what hotplug does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from factories import PID, guest, host, policy, uuid_of
+from simulated import World
+
+from rtpind.core.audit import Kind, Record
+from rtpind.core.ledger import Process
+from rtpind.core.model import Traits
+from rtpind.core.policy import Mode
+from rtpind.daemon.definitions import Definitions
+from rtpind.daemon.reconcile import Reconciler
+from rtpind.daemon.service import Service
+from rtpind.host.details import Described
+from rtpind.host.hypervisor import METADATA, Changed, Domain, Listed
+from rtpind.host.ledgerfile import LedgerFile
+from rtpind.host.udev import CpusChanged, Unheard
+
+UUID, NAME = uuid_of(PID), "rt-1"
+DOMAIN = Domain(UUID, NAME)
+TRAITS = Traits(flavor="rt")
+
+
+class Hypervisor:
+    """Notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Process]] = []
+        self.lists = 0
+
+    def describe(self, uuid: str, process: Process) -> None:
+        self.asked.append((uuid, process))
+
+    def relist(self) -> None:
+        self.lists += 1
+
+    def take(self) -> list[Process]:
+        """Return which processes were asked about since the last time."""
+        found, self.asked = [process for _, process in self.asked], []
+        return found
+
+
+class Observer(World):
+    """A world whose guests can be described."""
+
+    def __init__(self, *guests: Any) -> None:
+        super().__init__(host(), list(guests))
+        self.known: list[tuple[str, Process, Traits]] = []
+
+    def process_of(self, name: str) -> Process | None:
+        return next((one.process for one in self.guests if one.name == name), None)
+
+    def describe(self, uuid: str, process: Process, traits: Traits) -> bool:
+        news = (uuid, process, traits) not in self.known
+        self.known.append((uuid, process, traits))
+        return news
+
+
+class OnPaper(Service):
+    """The service, which does not move the threads of the test."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.adopted: list[str] = []
+        house: Any = SimpleNamespace(keep=lambda cpus: self.adopted.append(str(cpus)))
+        self._house = house
+
+
+class Loop:
+    """The service with a simulated host and libvirt; each turn takes some items and does what is due."""
+
+    def __init__(self, directory: Path) -> None:
+        self.records: list[Record] = []
+        self.world = Observer(guest(NAME))
+        observer: Any = self.world
+        file = LedgerFile(directory)
+        reconciler = Reconciler(observer, file, self.records.append, kernel=self.world, clock=self.world.clock)
+        reconciler.policy = replace(policy(), mode=Mode.OBSERVE)  # else the second looks before FIFO come in between
+        self.libvirt: Any = Hypervisor()
+        self.service = OnPaper(reconciler, directory / "policy.yaml")
+        self.service._hypervisor = self.libvirt
+        self.service._definitions = Definitions(reconciler, self.libvirt.describe)
+
+    def turn(self, *items: Any) -> None:
+        self.service._turn(list(items))
+
+    def full(self) -> None:
+        self.service._full_due = 0.0
+        self.turn()
+
+    def said(self, kind: Kind) -> list[str]:
+        return [record.message for record in self.records if record.kind is kind]
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Loop:
+    """A loop that has seen one guest, and has asked about it."""
+    made = Loop(tmp_path)
+    made.turn(Listed((DOMAIN,), fresh=True))
+    return made
+
+
+def test_a_guest_is_asked_about_when_it_is_first_seen(loop: Loop) -> None:
+    """Once: later passes and lists ask for nothing."""
+    assert loop.libvirt.take() == [(PID, 500)]
+
+    for _ in range(3):
+        loop.full()
+        loop.turn(Listed((DOMAIN,)), Changed(DOMAIN, "lifecycle"), Changed(DOMAIN, "device_added"))
+
+    assert loop.libvirt.take() == []
+    assert loop.said(Kind.FAULT) == []
+
+
+def test_another_process_is_asked_about_anew(loop: Loop) -> None:
+    """Also when no event has told that the guest was started again."""
+    loop.libvirt.take()
+    loop.world.stop(loop.world.guests[0])
+    loop.world.guests.append(guest(NAME, start=900))
+    loop.full()
+
+    assert loop.libvirt.take() == [(PID, 900)]
+
+
+@pytest.mark.parametrize("what", ["lifecycle", "tunable", METADATA])
+def test_an_event_that_may_change_the_definition_asks_again(loop: Loop, what: str) -> None:
+    """A change of metadata is nothing else: it makes nobody look at the threads."""
+    loop.libvirt.take()
+    loop.turn()
+    before = len(loop.service._inbox._due)
+    loop.turn(Changed(DOMAIN, what, redefined=True))
+
+    assert loop.libvirt.take() == [(PID, 500)]
+    assert (len(loop.service._inbox._due) > before) is (what != METADATA)
+
+
+def test_an_event_before_the_first_look_asks_once(loop: Loop) -> None:
+    """A guest that was not seen yet is asked about when it is."""
+    loop.libvirt.take()
+    loop.world.guests.append(guest("rt-2", pid=3000))
+    loop.world.tasks |= World(host(), [loop.world.guests[1]]).tasks
+    loop.turn(Changed(Domain(uuid_of(3000), "rt-2"), "lifecycle", redefined=True))
+
+    assert loop.libvirt.take() == [(3000, 500)]
+
+
+def test_an_event_of_a_guest_that_is_gone_asks_nothing(loop: Loop) -> None:
+    """There is nobody to describe."""
+    loop.libvirt.take()
+    loop.world.stop(loop.world.guests[0])
+    loop.turn(Changed(DOMAIN, METADATA, redefined=True))
+
+    assert loop.libvirt.take() == []
+
+
+def test_after_libvirt_was_away_everybody_is_asked_about(loop: Loop) -> None:
+    """What changed meanwhile nobody has told."""
+    loop.libvirt.take()
+    loop.turn(Listed((DOMAIN,), fresh=True))
+
+    assert loop.libvirt.take() == [(PID, 500)]
+
+
+def test_an_answer_is_taken_for_the_process_that_was_asked_about(loop: Loop) -> None:
+    """And the guest is looked at again when it is news."""
+    looks = [loop.world.seen]
+    for _ in range(2):
+        loop.turn(Described(UUID, (PID, 500), TRAITS))
+        looks.append(loop.world.seen)
+
+    assert loop.world.known[0] == (UUID, (PID, 500), TRAITS)
+    assert looks[0] is not looks[1] is looks[2]
+
+
+@pytest.mark.parametrize("process", [(PID, 499), (PID + 1, 500)])
+def test_an_answer_about_an_earlier_process_is_dropped(loop: Loop, process: Process) -> None:
+    """It may have been another definition: a stale trait would be believed."""
+    loop.turn(Described(UUID, process, TRAITS), Described(uuid_of(9), (9, 500), TRAITS))
+
+    assert loop.world.known == []
+
+
+def test_what_libvirt_does_not_tell_is_said_once(loop: Loop) -> None:
+    """With the guest and the cause; again for another cause, or another process."""
+    busy = Described(UUID, (PID, 500), None, "cannot acquire state change lock")
+    for _ in range(2):
+        loop.turn(busy)
+        loop.full()
+    loop.turn(Described(UUID, (PID, 500), None, "access denied"))
+
+    (first, second) = (text for text in loop.said(Kind.LIBVIRT) if "definition" in text)
+    assert "rt-1: libvirt does not tell its definition (cannot acquire state change lock)" in first
+    assert "access denied" in second
+    assert loop.records[-1].fields["GUEST"] == NAME
+
+
+def test_a_pcpu_that_goes_offline_makes_it_look_at_everything(loop: Loop) -> None:
+    """At once, and its own threads move with the housekeeping pool; the word itself decides nothing."""
+    loop.full()
+    lists = loop.libvirt.lists
+    loop.turn(CpusChanged(3, online=False))
+
+    assert loop.libvirt.lists == lists + 1
+    assert loop.service.adopted[-1] == "0-1"
+    assert loop.said(Kind.HOTPLUG) == []
+
+
+def test_a_kernel_that_is_not_heard_is_said(loop: Loop) -> None:
+    """With the cause, and what is lost."""
+    loop.turn(Unheard("EPERM"))
+
+    (text,) = loop.said(Kind.HOTPLUG)
+    assert text.startswith("the kernel's events about pCPUs cannot be heard (EPERM)")
+    assert text.endswith("within 10 s")
