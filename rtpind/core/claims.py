@@ -23,6 +23,7 @@ class Claims:
         self._topology = topology
         self._shared = shared
         self._held: dict[str, CpuSet] = {}  # UUID → what is given to it or kept beside that
+        self._mates: dict[str, CpuSet] = {}  # UUID → siblings kept for its own other threads
         self._given = NO_CPUS
         self._blocked: dict[int, dict[str, str]] = {}  # pCPU → UUIDs of the guests narrowed to it, and their texts
         self._own_blocks: dict[str, CpuSet] = {}
@@ -37,6 +38,8 @@ class Claims:
         self.owners[cpu] = f"{uuid}: {label}"
         kept = CpuSet([cpu]) if siblings is Siblings.IGNORE else self._topology.siblings(cpu)
         self._held[uuid] = self._held.get(uuid, NO_CPUS) | kept
+        if siblings is Siblings.SAME_GUEST:
+            self._mates[uuid] = self._mates.get(uuid, NO_CPUS) | kept
         self._given |= CpuSet([cpu])
         self.taken |= kept
 
@@ -53,6 +56,7 @@ class Claims:
     def take_back(self, uuid: str) -> None:
         """Take back all that a guest was given."""
         held = self._held.pop(uuid, NO_CPUS)
+        self._mates.pop(uuid, None)
         for cpu in held & self._given:
             del self.owners[cpu]
         self._given -= held
@@ -71,7 +75,7 @@ class Claims:
 
     def free(self, cpus: CpuSet, uuid: str, *, beside: str | None = None) -> CpuSet:
         """Return those of ``cpus`` that a guest may be given; ``beside``: whose narrowed threads it may join."""
-        kept = cpus & self._held.get(uuid, NO_CPUS) - self._given
+        kept = (cpus & self._mates.get(uuid, NO_CPUS)) - self._given
         return ((cpus - self.taken) | kept) - self._blocks(uuid, beside)
 
     def _blocks(self, uuid: str, beside: str | None = None) -> CpuSet:
@@ -81,11 +85,11 @@ class Claims:
             own |= self._own_blocks.get(beside, NO_CPUS)
         return self._foreign - CpuSet(cpu for cpu in own if self._blocked[cpu].keys() <= {uuid, beside})
 
-    def alone(self, cpus: CpuSet, uuid: str, siblings: Siblings) -> CpuSet:
+    def alone(self, cpus: CpuSet, uuid: str, siblings: Siblings, *, beside: str | None = None) -> CpuSet:
         """Return those of ``cpus`` whose siblings can be kept as asked: idle, or for the same guest."""
         if siblings is Siblings.IGNORE:
             return cpus
-        others = self._shared | self._blocks(uuid) | (self.taken - self._held.get(uuid, NO_CPUS))
+        others = self._shared | self._blocks(uuid, beside) | (self.taken - self._held.get(uuid, NO_CPUS))
         others |= self._all_had - self._had.get(uuid, NO_CPUS)
         if siblings is Siblings.IDLE:
             others |= self._given | self._had.get(uuid, NO_CPUS)

@@ -16,9 +16,9 @@ from rtpind.core.cpuset import NO_CPUS, CpuSet
 from rtpind.core.decision import Decision, GuestDecision, State
 from rtpind.core.ledger import HandsOff, Ledger
 from rtpind.core.memory import Memory, Wanted
-from rtpind.core.model import Guest, Role, Snapshot, ThreadId
+from rtpind.core.model import Guest, Role, Snapshot, Thread, ThreadId
 from rtpind.core.needs import Inputs, Item, needs
-from rtpind.core.policy import HOUSEKEEPING, Entry, Exclusive, GuestClass, Numa, Policy, Rule, Share, Siblings
+from rtpind.core.policy import HOUSEKEEPING, Entry, Exclusive, GuestClass, Numa, Policy, Rule, Share
 from rtpind.core.protection import fifo_withheld
 from rtpind.core.seats import Seats
 
@@ -29,20 +29,26 @@ def place(policy: Policy, snapshot: Snapshot, memory: Memory, ledger: Ledger, cl
     ``clock``: wall-clock seconds, for pauses that end. Places that the daemon gave out before, then places that
     are valid in the kernel, are kept (promise 10); conflicts go to the oldest process, then by UUID (promise 6).
     """
-    return _Placing(Inputs(policy, snapshot, memory, ledger), clock).decide()
+    inputs, left = Inputs(policy, snapshot, memory, ledger), frozenset[str]()
+    while True:
+        decision = _Placing(inputs, clock, left).decide()
+        found = left.union(guest.guest.uuid for guest in decision.guests if guest.state is State.LEFT)
+        if found == left:
+            return decision
+        left = found  # what these are narrowed to is not given out: decide anew without it
 
 
 class _Placing:
-    def __init__(self, inputs: Inputs, clock: float) -> None:
+    def __init__(self, inputs: Inputs, clock: float, left: frozenset[str]) -> None:
         self.inputs = inputs
         self.policy = inputs.policy
         self.host = inputs.host
         self.clock = clock
         self.managed = inputs.ledger.managed()
+        self.left = left  # UUIDs of guests that are known to stay as they are, for want of room
         self.housekeeping = inputs.pool(HOUSEKEEPING)
-        self.claims = Claims(self.host.topology, self.housekeeping | inputs.helper_pools())
+        self.claims = Claims(self.host.topology, inputs.shared())
         self.held = NO_CPUS  # what floaters keep off
-        self.pinned: dict[ThreadId, Wanted] = {}  # by the guest's own <cputune>
 
     def decide(self) -> Decision:
         ordered = sorted(self.inputs.snapshot.guests, key=lambda guest: (guest.pid_start, guest.uuid))
@@ -63,16 +69,14 @@ class _Placing:
                 items.append(Item(guest, rule, class_))
         seats = Seats(self.inputs, self.claims, self.fenced(items))
         for item in items:
-            self.pin(item)
-        items = [replace(item, slots=needs(self.inputs, item, self.pinned)) for item in items]
+            self.heed(item)
+        items = [replace(item, slots=needs(self.inputs, item)) for item in items]
         seats.keep(items)
         seats.uncrowd(items)
         # A thread that libvirt has not moved yet has only its name to show: what it needs comes last (promise 5).
         short: dict[str, str] = {}
         for item in sorted(items, key=lambda item: not all(thread.settled for thread in item.guest.threads)):
             short[item.guest.uuid] = seats.fit(item)
-            if short[item.guest.uuid] and not self.inputs.degrades(item.class_):
-                self.block(item.guest)
         for item in items:
             done[item.guest.uuid] = self.settle(item, seats, short[item.guest.uuid])
         decided = tuple(done[guest.uuid] for guest in sorted(ordered, key=lambda guest: (guest.name, guest.uuid)))
@@ -112,9 +116,12 @@ class _Placing:
         """
         for thread in guest.threads:
             narrowed = self.inputs.narrowed(thread)
-            self.claims.block(narrowed, guest.uuid, f"{guest.name}: {thread.label}")
             alone = not thread.helper and len(narrowed) == 1 and not narrowed <= self.housekeeping
-            if thread.now.scheduling.realtime or (alone and guest.process in self.managed):
+            ours = alone and guest.process in self.managed
+            if ours:  # with the siblings that were kept for it, which its threads do not show
+                narrowed |= self.inputs.kept_siblings(narrowed.first())
+            self.claims.block(narrowed, guest.uuid, f"{guest.name}: {thread.label}")
+            if thread.now.scheduling.realtime or ours:
                 self.held |= narrowed
 
     def fenced(self, items: list[Item]) -> dict[str, CpuSet]:
@@ -131,24 +138,15 @@ class _Placing:
                     self.claims.block(narrowed, guest.uuid, f"{guest.name}: {thread.label} (fenced)")
         return found
 
-    def pin(self, item: Item) -> None:
-        """Note what the guest's own <cputune> says of its vCPUs; one that is alone or realtime there holds it."""
-        guest, traits = item.guest, item.guest.traits
-        for thread in guest.threads:
+    def heed(self, item: Item) -> None:
+        """Keep what is newly given out off a guest that stays as it is, and off what <cputune> has a vCPU float on."""
+        if item.guest.uuid in self.left:
+            self.block(item.guest)
+        for thread in item.guest.threads:
             entry = item.class_.entry(thread.role, thread.index)
-            if entry is None or not entry.cputune or traits is None or thread.index is None:
-                continue
-            cpus = traits.pins.get(thread.index, NO_CPUS) & self.host.online
-            if not cpus:
-                continue
-            priority, clash = traits.realtime.get(thread.index, 0), cpus & self.claims.taken
-            if priority or len(cpus) == 1:
-                for cpu in cpus - self.claims.taken:
-                    self.claims.give(cpu, guest.uuid, thread.label, Siblings.IGNORE)
-            else:
-                self.claims.block(cpus, guest.uuid, f"{guest.name}: {thread.label} (<cputune>)")
-            why = f"its <cputune> shares pCPU {clash} with another" if clash else ""
-            self.pinned[thread.id] = self.at(cpus, priority, item.class_, why, exclusive=len(cpus) == 1 and not clash)
+            if entry is not None and entry.cputune and self.inputs.own(item.guest, thread, entry) is None:
+                pin = self.inputs.pin(item.guest, thread) - self.inputs.shared()
+                self.claims.block(pin, NOBODY, f"{item.guest.name}: {thread.label} (<cputune>)")
 
     def settle(self, item: Item, seats: Seats, short: str) -> GuestDecision:
         """Turn the given places of one guest into the wanted placement of each of its threads."""
@@ -157,19 +155,24 @@ class _Placing:
         if short and not self.inputs.degrades(class_):
             return GuestDecision(state=State.LEFT, reason=short, **common)
         own, shared = self.places(item, seats)
+        needy = {thread.id for slot in item.slots for thread in slot.threads}
         wanted: dict[ThreadId, Wanted] = {}
         roomless: set[ThreadId] = set()
         for thread in guest.threads:
             if not thread.settled:
                 continue  # libvirt is about to move it, and will reset its affinity
             entry = class_.entry(thread.role, thread.index)
-            if thread.id in self.pinned:
-                place = self.pinned[thread.id]
-            elif entry is None:
+            if entry is None:
                 place = Wanted(self.afloat(class_.entries[Role.EMULATOR][0], guest), withheld=class_.misfit(guest))
                 roomless.add(thread.id)
-            elif cpus := own.get(thread.id) or shared.get(entry.share_with):
+            elif thread.id in own:
+                cpus, priority = own[thread.id]
+                place = self.at(cpus, priority, class_)
+            elif cpus := shared.get(entry.share_with, NO_CPUS):
                 place = self.at(cpus, entry.priority, class_)
+            elif entry.cputune:
+                place = self.by_cputune(thread, entry, guest, needy=thread.id in needy)
+                roomless |= {thread.id} if thread.id in needy else set()
             elif not short and (entry.exclusive or entry.share_with is not None):
                 place = Wanted(self.afloat(class_.entries[Role.EMULATOR][0], guest), withheld="no free pCPU")
                 roomless.add(thread.id)
@@ -187,27 +190,41 @@ class _Placing:
             **common,
         )
 
-    def places(self, item: Item, seats: Seats) -> tuple[dict[ThreadId, CpuSet], dict[Share | None, CpuSet]]:
-        """Return the pCPU of each thread that has one, and of each thread or role that others may share with."""
-        own: dict[ThreadId, CpuSet] = {}
+    def by_cputune(self, thread: Thread, entry: Entry, guest: Guest, *, needy: bool) -> Wanted:
+        """Return the place of a vCPU that <cputune> gives no pCPU of its own, or one that is somebody else's."""
+        pin = self.inputs.pin(guest, thread)
+        if needy:
+            why = f"pCPU {pin}, to which its <cputune> pins it, is somebody else's"
+            return Wanted(self.afloat(entry, guest), withheld=why)
+        assert guest.traits is not None
+        assert thread.index is not None
+        why = f"its <cputune> pins it to {f'pCPU {pin}, which it has not to itself' if pin else 'no pCPU'}"
+        realtime = guest.traits.realtime.get(thread.index, 0) > 0
+        cpus = (pin - self.claims.taken - self.held) or self.afloat(entry, guest)
+        return Wanted(cpus, withheld=why if realtime else "")
+
+    def places(self, item: Item, seats: Seats) -> tuple[dict[ThreadId, tuple[CpuSet, int]], dict[Share | None, CpuSet]]:
+        """Return the pCPU and priority of each thread that has one, and the pCPUs that others may share."""
+        own: dict[ThreadId, tuple[CpuSet, int]] = {}
         shared: dict[Share | None, CpuSet] = {}
         for slot in item.slots:
             cpu = seats.cpu(item, slot)
-            if cpu is not None:
-                own |= dict.fromkeys((thread.id for thread in slot.threads), CpuSet([cpu]))
-                index = slot.threads[0].index if slot.entry.exclusive is Exclusive.THREAD else None
-                shared.setdefault(Share(slot.role, index), CpuSet([cpu]))
-        for thread in item.guest.threads:
-            if thread.id in self.pinned:
-                shared.setdefault(Share(thread.role, thread.index), self.pinned[thread.id].cpus)
+            if cpu is None:
+                continue
+            for thread in slot.threads:
+                entry = item.class_.entry(thread.role, thread.index)
+                own[thread.id] = (CpuSet([cpu]), (slot.entry if slot.pinned or entry is None else entry).priority)
+            alone = slot.entry.exclusive is Exclusive.THREAD
+            share = Share(slot.role, slot.threads[0].index) if alone else Share(item.class_.follows(slot.role))
+            shared.setdefault(share, CpuSet([cpu]))
         return own, shared
 
-    def at(self, cpus: CpuSet, priority: int, class_: GuestClass, why: str = "", *, exclusive: bool = True) -> Wanted:
+    def at(self, cpus: CpuSet, priority: int, class_: GuestClass) -> Wanted:
         """Return a place of its own, with FIFO where the class says so and promise 7 allows."""
         if not priority:
-            return Wanted(cpus, exclusive=exclusive)
-        why = why or fifo_withheld(self.host, cpus, priority, self.housekeeping, unsafe=class_.unsafe)
-        return Wanted(cpus, 0 if why else priority, exclusive=exclusive, withheld=why)
+            return Wanted(cpus, exclusive=True)
+        why = fifo_withheld(self.host, cpus, priority, self.housekeeping, unsafe=class_.unsafe)
+        return Wanted(cpus, 0 if why else priority, exclusive=True, withheld=why)
 
     def afloat(self, entry: Entry, guest: Guest) -> CpuSet:
         """Return the mask of a thread without a pCPU of its own; empty where there is nowhere to be."""

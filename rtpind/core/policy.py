@@ -237,7 +237,7 @@ class Rule:
             (self.partition, (traits.partition,)),
         )
         return self.has <= traits.has and all(
-            glob is None or any(fnmatchcase(word, glob) for word in words) for glob, words in globs
+            glob is None or any(word and fnmatchcase(word, glob) for word in words) for glob, words in globs
         )
 
     @property

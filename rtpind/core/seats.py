@@ -58,12 +58,19 @@ class Seats:
     def uncrowd(self, items: list[Item]) -> None:
         """Give guests whose siblings are in use a core of their own, now that there may be room."""
         for item in items:
-            if not any((item.guest.uuid, slot.label) in self._crowded for slot in item.slots):
+            crowded = [slot for slot in item.slots if (item.guest.uuid, slot.label) in self._crowded]
+            if not crowded:
                 continue
             had = self._take_back(item)
+            kept = {slot: place for slot, place in had.items() if slot not in crowded}
+            self._give_all(item, kept)
+            for slot in crowded:  # its siblings may have become as they should be where it is
+                if self._usable(item, slot, strict=True, beside=NOBODY) & CpuSet([had[slot][0]]):
+                    self._give(item, slot, had[slot][0], strict=True)
+            kept = {slot: place for slot in item.slots if (place := self._place(item, slot)) is not None}
             if self._try(item) or self.crowding(item):  # half a step forward is only a move
                 self._take_back(item)
-                self._give_all(item, had)
+                self._give_all(item, {**had, **kept})
 
     def _try(self, item: Item) -> str:
         """Give a guest all that it lacks, its siblings as the pools want them, or nothing. Return why not."""
@@ -108,20 +115,21 @@ class Seats:
 
         A vCPU is not put where a cpuset holds a helper of its guest, if there is another pCPU: it could never be FIFO.
         """
-        uuid, traits = item.guest.uuid, self._inputs.options(slot.entry.pool)
-        cpus = self._claims.free(self._inputs.pool(slot.entry.pool), uuid, beside=beside)
+        uuid = item.guest.uuid
+        pool, traits = self._inputs.choice(slot)
+        cpus = self._claims.free(pool, uuid, beside=beside)
         if slot.allowed is not None:
             cpus &= slot.allowed
         near = self._inputs.near(item.guest) if traits.numa is Numa.STRICT else NO_CPUS
         if near:
             cpus &= near
         if strict:
-            cpus = self._claims.alone(cpus, uuid, traits.siblings)
+            cpus = self._claims.alone(cpus, uuid, traits.siblings, beside=beside)
         fenced = self._fenced.get(uuid, NO_CPUS) if slot.alone else NO_CPUS
         return (cpus - fenced) or cpus
 
     def _give(self, item: Item, slot: Slot, cpu: int, *, strict: bool) -> None:
-        siblings = self._inputs.options(slot.entry.pool).siblings
+        siblings = self._inputs.choice(slot)[1].siblings
         key = (item.guest.uuid, slot.label)
         if not strict and siblings is not Siblings.IGNORE:
             self._crowded.add(key)
@@ -160,12 +168,12 @@ class Seats:
             cpus = self._usable(item, slot, strict=strict) or self._former(slot)
             if cpus:
                 self._give(item, slot, cpus.first(), strict=strict)
-            else:
+            elif not slot.pinned:  # one vCPU whose <cputune> cannot be kept takes nothing from the others
                 short = short or self._lack(slot, strict=strict)
-        groups: dict[tuple[str, bool], list[Slot]] = {}
+        groups: dict[tuple[str, bool, bool], list[Slot]] = {}
         for slot in lacking:
             if slot.allowed is None:
-                groups.setdefault((slot.entry.pool, slot.role is Role.VCPU), []).append(slot)
+                groups.setdefault((slot.entry.pool, slot.role is Role.VCPU, slot.alone), []).append(slot)
         for slots in groups.values():
             short = self._fill_group(item, slots, strict=strict) or short
         return short
@@ -211,7 +219,10 @@ class Seats:
             where = f"among {slot.allowed} of {where[3:]}"
         core = self._inputs.options(slot.entry.pool).siblings
         what = "core" if strict and core is not Siblings.IGNORE else "pCPU"
-        return f"no free {what} {where} for {slot.label}"
+        pool = self._inputs.pool(slot.entry.pool)
+        busy = [f"{cpu} {who}" for cpu, who in self._claims.blocked().items() if cpu in pool]
+        held = f" (held by others: {', '.join(busy[:3])}{', …' if len(busy) > 3 else ''})" if busy else ""
+        return f"no free {what} {where} for {slot.label}{held}"
 
     def _former(self, slot: Slot) -> CpuSet:
         """Return the place rtpind gave a slot, though somebody is narrowed to it now: better than none (promise 6)."""
@@ -219,5 +230,5 @@ class Seats:
             touched = thread.now if thread.id in self._inputs.ledger.originals else None
             place = self._inputs.memory.places.get(thread.id) or touched
             if place is not None and len(place.cpus) == 1:
-                return (place.cpus & self._inputs.pool(slot.entry.pool)) - self._claims.taken
+                return (place.cpus & self._inputs.choice(slot)[0]) - self._claims.taken
         return NO_CPUS

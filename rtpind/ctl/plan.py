@@ -17,6 +17,8 @@ from rtpind.daemon.main import EXIT_CONFIG
 from rtpind.daemon.reconcile import View
 from rtpind.host.control import UnreachableError, ask
 
+_MATCHES = {True: "matches", False: "does not match", None: "not known yet: libvirt has not told"}
+
 
 def plan(options: argparse.Namespace) -> int:
     """Show the steps that the policy asks for, in the order in which they would be taken; change nothing."""
@@ -86,8 +88,8 @@ def explain(options: argparse.Namespace) -> int:
     if document["reason"]:
         show.line(f"  because: {document['reason']}")
     for rule in document["considered"]:
-        show.line(f"  line {rule['line']}: {rule['rule']}: {'matches' if rule['matches'] else 'does not match'}")
-    if not any(rule["matches"] for rule in document["considered"]):
+        show.line(f"  line {rule['line']}: {rule['rule']}: {_MATCHES[rule['matches']]}")
+    if not any(rule["matches"] is not False for rule in document["considered"]):
         show.line("  no rule matches: unmanaged")
     for pool in document["pools"]:
         taken = ", ".join(f"{cpu} by {who}" for cpu, who in pool["taken"].items()) or "none"

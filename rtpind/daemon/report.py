@@ -250,10 +250,10 @@ def explain(guest: GuestDecision, decision: Decision, policy: Policy, snapshot: 
 
 
 def _until(rules: Iterable[Rule], guest: Guest) -> list[Rule]:
-    """Return the rules up to and with the first that matches: what was considered."""
+    """Return the rules up to and with the first that matches, or may match: what was considered."""
     found = []
     for rule in rules:
         found.append(rule)
-        if rule.matches(guest):
+        if rule.matches(guest) is not False:
             break
     return found

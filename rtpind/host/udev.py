@@ -55,14 +55,17 @@ class CpuEvents:
         self._post = post
         self._listen = listen
         self._end, self._ending = os.pipe()
+        self._piping = threading.Lock()  # held to use or close the pipe: its numbers may soon be others'
 
     def start(self) -> None:
         """Start the thread; returns at once."""
         threading.Thread(target=self._run, name="udev", daemon=True).start()
 
     def stop(self) -> None:
-        """Ask the thread to end."""
-        os.write(self._ending, b"x")
+        """Ask the thread to end, unless it has."""
+        with self._piping:
+            if self._ending >= 0:
+                os.write(self._ending, b"x")
 
     def _run(self) -> None:
         try:
@@ -77,5 +80,7 @@ class CpuEvents:
         except Exception as error:  # a refused socket, no libudev, no memory for ctypes: rtpind goes on without
             self._post(Unheard(str(error) or type(error).__name__))
         finally:
-            os.close(self._end)
-            os.close(self._ending)
+            with self._piping:
+                os.close(self._end)
+                os.close(self._ending)
+                self._ending = -1

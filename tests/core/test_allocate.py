@@ -99,7 +99,7 @@ def test_the_books_are_balanced():
     claims.give(1, "b", "vcpu 0", Siblings.IGNORE)
 
     assert (str(claims.taken), claims.owners) == ("0-1,16", {0: "a: vcpu 0", 1: "b: vcpu 0"})
-    assert str(claims.free(cpus("0-2,16-18"), "a")) == "2,16-18"
+    assert str(claims.free(cpus("0-2,16-18"), "a")) == "2,17-18"
     assert str(claims.free(cpus("0-2,16-18"), "b")) == "2,17-18"
     assert str(claims.alone(cpus("2,16-18"), "a", Siblings.IDLE)) == "2,18"
     assert str(claims.alone(cpus("2,16-18"), "a", Siblings.SAME_GUEST)) == "2,16,18"

@@ -170,9 +170,10 @@ def test_sharing_with_a_thread_that_is_not_there_is_no_room():
     vhost: {share_with: {iothread: 2}}"""
     )
 
-    decision = decide(by, guest())
+    decision = decide(by, guest(vhosts=1))
 
     assert state(decision) == (State.DEGRADED, "vhost is to share with iothread 2, which the guest does not have")
+    assert state(decide(by, guest())) == (State.PLACED, "")  # who has no vhost worker has nobody to share
 
 
 # The guest's own <cputune>
@@ -198,33 +199,35 @@ def test_what_a_cputune_holds_is_not_given_to_others():
     )
     pins = Traits(pins={0: cpus("2"), 1: cpus("3-4"), 2: cpus("5-6")}, realtime={1: 1})
 
-    decision = decide(by, guest(vcpus=3, traits=pins), guest("own", pid=500, vcpus=1))
+    pinned = put(guest(vcpus=3, traits=pins), {"vcpu 0": "2"})
+    decision = decide(by, pinned, guest("own", pid=500, vcpus=1))
 
-    assert [where(decision)[f"vcpu {index}"] for index in range(3)] == ["2", "3-4 fifo:1", "5-6"]
+    assert [where(decision)[f"vcpu {index}"] for index in range(3)] == ["2", "3-4", "5-6"]
     assert where(decision, "own")["vcpu 0"] == "7"
-    assert decision.blocked == dict.fromkeys((5, 6), "rt-1: vcpu 2 (<cputune>)")
+    assert decision.blocked == {cpu: f"rt-1: vcpu {vcpu} (<cputune>)" for cpu, vcpu in ((3, 1), (4, 1), (5, 2), (6, 2))}
 
 
 def test_cputunes_that_collide_get_no_fifo_there():
-    """Two guests pinned to one pCPU: the older is FIFO, the younger is not, and says with whom."""
+    """Two guests pinned to one pCPU: the older has it, the younger's vCPU is with its helpers, and says why."""
     young = guest("young", pid=2000, start=900, traits=XML)
 
     decision = decide(policy(CPUTUNE), young, guest(traits=XML))
 
     assert where(decision)["vcpu 1"] == "5 fifo:3"
-    assert where(decision, "young")["vcpu 1"] == "5"
+    assert where(decision, "young")["vcpu 1"] == "0-1"
     withheld = decision.wanted()[find(young, "vcpu 1").id].withheld
-    assert withheld == "its <cputune> shares pCPU 5 with another"
+    assert withheld == "pCPU 5, to which its <cputune> pins it, is somebody else's"
+    assert decision.guests[1].roomless == {find(young, f"vcpu {index}").id for index in (0, 1)}
 
 
 @pytest.mark.parametrize(("pin", "place"), [("0", "0"), ("2-3", "2-3"), ("9", "0-1")])
 def test_promises_hold_for_cputune_too(pin, place):
-    """No FIFO on housekeeping; a pin on pCPUs that are not online pins nothing."""
+    """No FIFO on housekeeping, nor on pCPUs that it has not to itself; a pin on what is not online pins nothing."""
     traits = Traits(pins={0: cpus(pin)}, realtime={0: 1})
 
     found = where(decide(policy(CPUTUNE), guest(vcpus=1, traits=traits)))
 
-    assert found["vcpu 0"] == place + (" fifo:1" if pin == "2-3" else "")
+    assert found["vcpu 0"] == place
 
 
 def test_a_helper_can_share_with_a_pinned_vcpu():
@@ -423,14 +426,14 @@ def test_a_step_is_lost_before_the_place_and_got_back_when_there_is_room():
     alone = place(by, replace(seen, guests=seen.guests[1:]), memory, Ledger())
 
     assert state(alone, "b") == (State.PLACED, "")
-    assert vcpus_of(alone, "b") == ["1", "2"]
+    assert vcpus_of(alone, "b") == ["7", "4"]  # who need not move does not
 
 
 def test_with_leave_no_step_is_lost():
     """A class that wants idle siblings or nothing gets nothing."""
     by, on = smt("idle", when_full="leave"), host(**BIG)
 
-    decision = decide(by, guest("a", vcpus=6, start=400), guest("b", pid=2000, vcpus=2), on=on)
+    decision = decide(by, guest("a", vcpus=6, start=400, on="0-15"), guest("b", pid=2000, vcpus=2, on="0-15"), on=on)
 
     assert state(decision, "b") == (State.LEFT, "no free core in 'realtime' for vcpu 1")
 
@@ -607,3 +610,152 @@ def test_the_empty_set_of_fixed_ids_is_no_id():
     assert (0 in entry.ids, 1 in entry.ids, str(entry.ids)) == (False, True, "^0")
     assert CpuSet([0]) == entry.ids.named
     assert fifo().priority == 1
+
+
+# What a review found
+
+
+def test_pins_are_asked_for_in_the_order_of_age():
+    """A younger guest whose <cputune> names an older one's pCPU does not get it."""
+    by = policy(
+        f"{CPUTUNE}\n  d: {{vcpu: {{pool: realtime, exclusive: thread, scheduler: fifo}}}}",
+        pools="realtime: 2",
+        rules='{name: "rt-*", class: d}\n  - {name: "*", class: c}',
+        on=host(isolated="2"),
+    )
+    traits = Traits(pins={0: cpus("2")}, realtime={0: 1})
+    before = decide(by, guest(vcpus=1), on=host(isolated="2"))
+    memory = Memory(places=before.wanted())
+
+    after = decide(by, guest(vcpus=1), guest("x", pid=2000, start=900, vcpus=1, traits=traits), memory=memory)
+
+    assert where(after)["vcpu 0"] == "2 fifo:1"
+    assert where(after, "x")["vcpu 0"] != "2"
+
+
+def test_a_pin_on_housekeeping_takes_it_from_nobody():
+    """Nova's vCPUs that are not realtime are pinned where helpers are: these stay there."""
+    traits = Traits(pins={0: cpus("0"), 1: cpus("1")})
+
+    found = where(decide(policy(CPUTUNE), guest(traits=traits)))
+
+    assert found == {"vcpu 0": "0", "vcpu 1": "1", "emulator": "0-1", "iothread 1": "0-1"}
+
+
+def test_a_wide_pin_keeps_off_what_others_have():
+    """Pinned to the whole pool, a vCPU is not beside somebody's FIFO vCPU."""
+    by = policy(
+        f"{CPUTUNE}\n  d: {{vcpu: {{pool: realtime, exclusive: thread, scheduler: fifo}}}}",
+        rules='{name: "rt-*", class: d}\n  - {name: "*", class: c}',
+    )
+    placed = guest(vcpus=1)
+    memory = Memory(places=decide(by, placed).wanted())
+    wide = guest("x", pid=2000, start=900, vcpus=1, traits=Traits(pins={0: cpus("2-7")}))
+
+    after = decide(by, placed, wide, memory=memory)
+
+    assert where(after)["vcpu 0"] == "2 fifo:1"
+    assert where(after, "x")["vcpu 0"] == "3-7"
+
+
+def test_a_guest_without_room_gives_its_pins_back_too():
+    """Degraded for want of a pCPU for its helpers, its pinned vCPU has no FIFO, and the next guest gets the pCPU."""
+    by = policy(
+        "c: {vcpu: {from: cputune}, emulator: {pool: own, exclusive: guest}}\n"
+        "  d: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}}\n"
+        "  e: {emulator: {pool: own, exclusive: guest}}",
+        pools="realtime: 2\n  own: 3",
+        rules='{name: "rt-*", class: c}\n  - {name: "full", class: e}\n  - {name: "*", class: d}',
+    )
+    full = guest("full", pid=500, start=1, vcpus=0, iothreads=0)
+    mixed = guest(vcpus=1, iothreads=0, start=2, traits=Traits(pins={0: cpus("2")}, realtime={0: 1}))
+
+    decision = decide(by, full, mixed, guest("d", pid=3000, vcpus=1, start=3))
+
+    assert state(decision)[0] is State.DEGRADED
+    assert where(decision)["vcpu 0"] == "0-1"
+    assert where(decision, "d")["vcpu 0"] == "2 fifo:1"
+
+
+def test_siblings_stay_kept_while_libvirt_has_not_told():
+    """After a restart a guest that was placed by its flavor keeps its core, though its flavor is not known yet."""
+    on = host(**BIG)
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}}",
+        pools='realtime: {cpus: "1-3,9-11", siblings: idle}',
+        rules='{flavor: rt, class: c}\n  - {name: "*", class: c}',
+        on=on,
+    )
+    before = [guest(f"f{n}", pid=1000 * n, start=n, vcpus=1, traits=Traits(flavor="rt")) for n in (1, 2, 3)]
+    seen = applied(snapshot(*before, host=on), decide(by, *before, on=on))
+    ledger = Ledger().recording(one for each in before for one in each.threads)
+    untold = [replace(each, traits=None) for each in seen.guests]
+
+    decision = decide(by, *untold, guest("z", pid=9000, vcpus=1, start=9, traits=Traits()), on=on, ledger=ledger)
+
+    assert state(decision, "z")[0] is State.DEGRADED
+
+
+def test_what_a_left_guest_is_narrowed_to_is_given_to_nobody():
+    """Though the guest that would take it is older."""
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}}", when_full="leave")
+    large = guest("large", pid=2000, start=900, vcpus=7, on="2-3")
+
+    decision = decide(by, guest(vcpus=1), large)
+
+    assert state(decision, "large")[0] is State.LEFT
+    assert where(decision)["vcpu 0"] == "4 fifo:1"
+
+
+def test_a_busy_sibling_moves_nobody():
+    """A thread that is pinned beside a guest's pCPU leaves the guest where it is."""
+    by = smt("idle")
+    one = guest(vcpus=1, on="0-15")
+    memory = Memory(places=decide(by, one, on=host(**BIG)).wanted())
+
+    after = decide(by, one, on=host(**BIG, busy={9: "x (1)"}), memory=memory)
+
+    assert vcpus_of(after) == ["1"]
+
+
+def test_fixed_pcpus_belong_to_numbers():
+    """Unplugged, a vCPU leaves its pCPU empty; the others stay."""
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}", rules='{name: "*", pcpus: "4-6", class: c}')
+    whole = guest(vcpus=3)
+    holed = replace(whole, threads=tuple(one for one in whole.threads if one.label != "vcpu 1"))
+
+    assert where(decide(by, holed))["vcpu 2"] == "6"
+
+
+def test_a_glob_for_everything_needs_something():
+    """A guest without Nova's metadata matches no flavor."""
+    by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}", rules='{flavor: "*", class: c}')
+
+    assert decide(by, guest(traits=Traits())).guests[0].state is State.UNMANAGED
+
+
+def test_fifo_of_the_xml_without_a_pin_is_said_to_be_withheld():
+    """Not taken silently."""
+    one = guest(vcpus=1, traits=Traits(realtime={0: 1}))
+
+    wanted = decide(policy(CPUTUNE), one).wanted()[find(one, "vcpu 0").id]
+
+    assert wanted == Wanted(cpus("0-1"), withheld="its <cputune> pins it to no pCPU")
+
+
+def test_what_has_nobody_to_share_with_by_role_is_no_room():
+    """A guest without iothreads has no iothread's pCPU to share."""
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread}, iothread: {pool: realtime, exclusive: guest},"
+        " vhost: {share_with: iothread}}"
+    )
+
+    assert state(decide(by, guest(vhosts=1, iothreads=0)))[0] is State.DEGRADED
+    assert where(decide(by, guest(vhosts=1, vcpus=1)))["vhost"] == "3"
+
+
+def test_a_role_that_follows_emulator_shares_its_pcpu_by_name():
+    """The vCPU follows the emulator; the iothread joins both."""
+    by = policy("c: {emulator: {pool: realtime, exclusive: guest}, iothread: {share_with: emulator}}")
+
+    assert where(decide(by, guest(vcpus=1))) == {"emulator": "2", "vcpu 0": "2", "iothread 1": "2"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +121,23 @@ def test_stopping_ends_the_thread(kernel: Kernel) -> None:
     until(ended, "the thread has ended")
 
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_stopping_what_has_ended_is_nothing() -> None:
+    """A thread that could not listen has ended long before; stop does not fail, nor write into others' files."""
+    posts: list[Any] = []
+
+    def refuse() -> Any:
+        raise OSError("no libudev")
+
+    events = CpuEvents(posts.append, refuse)
+    events.start()
+    until(ended, "the thread has ended")
+
+    with tempfile.TemporaryFile() as others, tempfile.TemporaryFile() as more:
+        events.stop()
+        assert (os.fstat(others.fileno()).st_size, os.fstat(more.fileno()).st_size) == (0, 0)
+    assert posts == [Unheard("no libudev")]
 
 
 def test_the_real_kernel_is_heard(hear: Callable[..., list[Any]]) -> None:
