@@ -16,6 +16,7 @@ VENV = ROOT / ".venv"
 
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
+    words = ("--no-print-directory", *words)  # inside make test it would say where it is
     return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
