@@ -31,7 +31,6 @@ def test_a_pinned_vcpu_is_placed_inside_its_pin_or_named(scene: Scene) -> None:
     assert scene.steps() == steps  # what was refused is remembered
 
 
-@pytest.mark.xfail(reason="the vCPU is given another pCPU for good because a worker of it was held to its own")
 def test_a_worker_of_a_pinned_vcpu_goes_and_fifo_comes(scene: Scene) -> None:
     """A worker that a pinned vCPU began is held to its pCPU by its cgroup; when it has ended, the vCPU is at FIFO."""
     scene.start(policy(("rt-*", "realtime")))

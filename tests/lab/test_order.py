@@ -14,9 +14,10 @@ from lab.scene import FIFO_RESET, OTHER, Guest, Scene, Thread, policy, violation
 pytestmark = pytest.mark.lab("bookworm-rt")
 
 TRACE = "/var/tmp/rtpind.trace"
+KINDS = ("helper leaves", "vCPU comes", "FIFO on")
 PROMOTED = r"\): other → fifo:1"
 _AFFINITY = re.compile(r"sched_setaffinity\((\d+), \d+, \[([\d ]*)\]\) += 0")
-_SCHEDULER = re.compile(r"sched_setscheduler\((\d+), (\w+)(\|SCHED_RESET_ON_FORK)?, \[(\d+)\]\) += 0")
+_SCHEDULER = re.compile(r"sched_setscheduler\((\d+), (0x[0-9a-f]+|0), \[(\d+)\]\) += 0")
 
 #: tid → (guest, thread)
 Threads = dict[int, tuple[str, Thread]]
@@ -52,9 +53,10 @@ def test_any_prefix_of_the_steps_is_safe(scene: Scene) -> None:
 
     before = look(guests)
     calls = traced(scene, policy(("rt-*", "realtime"), pool="2-3", period="30s"), lambda: scene.alone(guests))
+    assert {call.kind(before[call.tid][1]) for call in calls if call.tid in before} == set(KINDS)
     assert violations_at(before, calls) == []
     kinds = [call.kind(before[call.tid][1]) for call in calls if call.tid in before]
-    assert kinds == sorted(kinds, key=("helper leaves", "vCPU comes", "FIFO on").index)
+    assert kinds == sorted(kinds, key=KINDS.index)
 
     before = look(guests)
     calls = traced(
@@ -72,7 +74,7 @@ def traced(scene: Scene, text: str, arrived: Callable[[], bool]) -> list[Call]:
     """Reload with a policy and return the calls on guests' threads that the daemon made until all had arrived."""
     pid, said = scene.pid(), scene.count(PROMOTED)
     watched = "trace=sched_setaffinity,sched_setscheduler,sched_setattr"
-    scene.run(f"rm -f {TRACE}; setsid strace -qq -e {watched} -o {TRACE} -p {pid} >/dev/null 2>&1 </dev/null &")
+    scene.run(f"rm -f {TRACE}; setsid strace -qq -X raw -e {watched} -o {TRACE} -p {pid} >/dev/null 2>&1 </dev/null &")
     try:
         traced_by = f"sed -n 's/^TracerPid:.//p' /proc/{pid}/status"
         scene.wait_for(lambda: scene.run(traced_by).out.strip() != "0", "the daemon is traced")
@@ -92,8 +94,7 @@ def parsed(trace: str) -> Iterator[Call]:
         if found := _AFFINITY.search(line):
             yield Call(int(found[1]), cpus=tuple(map(int, found[2].split())))
         elif found := _SCHEDULER.search(line):
-            policy_number = {"SCHED_OTHER": OTHER, "SCHED_FIFO": 1}[found[2]] | (0x40000000 if found[3] else 0)
-            yield Call(int(found[1]), policy=policy_number, priority=int(found[4]))
+            yield Call(int(found[1]), policy=int(found[2], 0), priority=int(found[3]))
 
 
 def look(guests: Sequence[Guest]) -> Threads:
