@@ -44,7 +44,7 @@ lab: ## build the images of the lab that are missing (root; minutes)
 lab-test: ## boot whole realtime hosts and test the package on them; ARGS="-k word" (root; under half an hour)
 	@tools/lab test $(ARGS)
 
-lab-smoke: ## the few of these tests that CI runs (root; some minutes)
+lab-smoke: ## a few of these tests, on bookworm-rt (root; some minutes)
 	@tools/lab smoke $(ARGS)
 
 clean: ## remove .venv and everything else that was built

@@ -114,7 +114,7 @@ class _Placing:
 
         Floaters keep off its FIFO threads, and off the pCPUs that rtpind gave its vCPUs before.
         """
-        for thread in guest.threads:
+        for thread in sorted(guest.threads, key=_by_id):
             narrowed = self.inputs.narrowed(thread)
             alone = not thread.helper and len(narrowed) == 1 and not narrowed <= self.housekeeping
             ours = alone and guest.process in self.managed
@@ -129,7 +129,7 @@ class _Placing:
         found: dict[str, CpuSet] = {}
         for item in items:
             guest = item.guest
-            for thread in guest.threads:
+            for thread in sorted(guest.threads, key=_by_id):
                 if any(refusal.affinity for refusal in self.inputs.memory.refused.get(thread.id, ())):
                     entry = item.class_.entry(thread.role, thread.index)
                     if thread.helper and (entry is None or entry.share_with is None):
@@ -142,7 +142,7 @@ class _Placing:
         """Keep what is newly given out off a guest that stays as it is, and off what <cputune> has a vCPU float on."""
         if item.guest.uuid in self.left:
             self.block(item.guest)
-        for thread in item.guest.threads:
+        for thread in sorted(item.guest.threads, key=_by_id):
             entry = item.class_.entry(thread.role, thread.index)
             if entry is not None and entry.cputune and self.inputs.own(item.guest, thread, entry) is None:
                 pin = self.inputs.pin(item.guest, thread) - self.inputs.shared()
@@ -236,3 +236,8 @@ class _Placing:
             if cpus:
                 return cpus
         return NO_CPUS
+
+
+def _by_id(thread: Thread) -> ThreadId:
+    """Order threads, whose own order must not matter to what is said of them (promise 10)."""
+    return thread.id
