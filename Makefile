@@ -21,8 +21,7 @@ demo: ## see rtpind work on throwaway guests, in about a minute (root)
 test: ## all checks and tests; ARGS="-k word" passes words to pytest (live tests: root)
 	@tools/setup test
 	@$(MAKE) --no-print-directory lint
-	$(PYTHON) -m coverage run -m pytest $(ARGS)
-	$(if $(ARGS),,$(PYTHON) -m coverage report --fail-under=100 --include='rtpind/core/*' --skip-covered)
+	$(if $(ARGS),$(PYTHON) -m pytest $(ARGS),@tools/test)
 
 lint: ## ruff, mypy --strict and the import contracts
 	@tools/setup venv

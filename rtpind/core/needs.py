@@ -93,9 +93,8 @@ class Inputs:
 
     def pin(self, guest: Guest, thread: Thread) -> CpuSet:
         """Return where the guest's own <cputune> pins a vCPU; empty where it does not."""
-        if guest.traits is None or thread.index is None:
-            return NO_CPUS
-        return guest.traits.pins.get(thread.index, NO_CPUS) & self.host.online
+        pins = guest.traits.pins if guest.traits is not None else {}
+        return pins.get(-1 if thread.index is None else thread.index, NO_CPUS) & self.host.online
 
     def own(self, guest: Guest, thread: Thread, entry: Entry | None) -> Entry | None:
         """Return the entry of a thread as what it needs for itself; None where it needs no pCPU of its own.

@@ -6,8 +6,8 @@ import exhaustive
 
 def test_no_order_of_arrivals_and_departures_breaks_a_promise():
     """Whatever the policy, and whoever comes or goes: no violation, nobody loses a place, and all comes to rest."""
-    policies, decisions, wrong = exhaustive.run(["2 cores x 2", "4 cores"], [(1, 2, 1)], step=97)
+    policies, decisions, wrong = exhaustive.run(["2 cores x 2", "4 cores"], [(1, 2, 1)], step=211)
 
     assert wrong == []
-    assert policies > 10
-    assert decisions > 300
+    assert policies >= 6
+    assert decisions > 100

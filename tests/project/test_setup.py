@@ -20,7 +20,7 @@ def make(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("script", ["tools/deb", "tools/setup", ".ci/run"])
+@pytest.mark.parametrize("script", ["tools/deb", "tools/setup", "tools/test", ".ci/run"])
 def test_shell_code_is_clean(script: str) -> None:
     """Executable, and shellcheck has nothing to say."""
     assert (ROOT / script).stat().st_mode & 0o111
