@@ -165,9 +165,10 @@ class Seats:
         for slot in sorted(
             (slot for slot in lacking if slot.allowed is not None), key=lambda slot: len(slot.allowed or ())
         ):
-            cpus = self._usable(item, slot, strict=strict) or self._former(slot)
-            if cpus:
-                self._give(item, slot, cpus.first(), strict=strict)
+            free = self._usable(item, slot, strict=strict)
+            cpus = free or self._former(slot)
+            if cpus:  # with a former place its siblings may be others'
+                self._give(item, slot, cpus.first(), strict=strict and bool(free))
             elif not slot.pinned:  # one vCPU whose <cputune> cannot be kept takes nothing from the others
                 short = short or self._lack(slot, strict=strict)
         groups: dict[tuple[str, bool, bool], list[Slot]] = {}

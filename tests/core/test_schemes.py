@@ -759,3 +759,25 @@ def test_a_role_that_follows_emulator_shares_its_pcpu_by_name():
     by = policy("c: {emulator: {pool: realtime, exclusive: guest}, iothread: {share_with: emulator}}")
 
     assert where(decide(by, guest(vcpus=1))) == {"emulator": "2", "vcpu 0": "2", "iothread 1": "2"}
+
+
+def test_a_former_place_takes_no_sibling_that_is_somebodys():
+    """A guest that keeps a place beside a stranger, for want of another, does not hold the sibling that another has."""
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}}",
+        pools='realtime: {cpus: "1-3,9-11", siblings: idle}',
+        rules='{name: none, class: unmanaged}\n  - {name: rt-1, pcpus: [1, 2], class: c}\n  - {name: "*", class: c}',
+        on=host(**BIG),
+    )
+    fixed = guest(vcpus=2, start=700)
+    beside = guest("b", pid=2000, start=1, vcpus=1)
+    other, third = (guest(name, pid=pid, start=2, vcpus=1) for name, pid in (("d", 3000), ("e", 5000)))
+    stranger = guest("none", pid=4000, start=3, vcpus=1, on="1")
+    places = {find(fixed, "vcpu 0").id: "1", find(beside, "vcpu 0").id: "9", find(other, "vcpu 0").id: "2"}
+    places |= {find(third, "vcpu 0").id: "3"}
+    memory = Memory(places={id_: Wanted(cpus(place), 1, exclusive=True) for id_, place in places.items()})
+
+    decision = decide(by, fixed, beside, other, third, stranger, on=host(**BIG), memory=memory)
+
+    assert vcpus_of(decision, "b") == ["9"]
+    assert decision.owners[9].startswith(beside.uuid)
