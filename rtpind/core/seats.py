@@ -67,14 +67,14 @@ class Seats:
             for slot in crowded:  # its siblings may have become as they should be where it is
                 if self._usable(item, slot, strict=True, beside=NOBODY) & CpuSet([had[slot][0]]):
                     self._give(item, slot, had[slot][0], strict=True)
-            kept = {slot: place for slot in item.slots if (place := self._place(item, slot)) is not None}
+            kept = self._places(item)
             if self._try(item) or self.crowding(item):  # half a step forward is only a move
                 self._take_back(item)
                 self._give_all(item, {**had, **kept})
 
     def _try(self, item: Item) -> str:
         """Give a guest all that it lacks, its siblings as the pools want them, or nothing. Return why not."""
-        had = {slot: place for slot in item.slots if (place := self._place(item, slot)) is not None}
+        had = self._places(item)
         short = self._fill(item, strict=True)
         if short and self._inputs.degrades(item.class_):
             self._take_back(item)
@@ -137,14 +137,17 @@ class Seats:
         self._claims.give(cpu, item.guest.uuid, slot.label, siblings)
         self._given[key] = cpu
 
-    def _place(self, item: Item, slot: Slot) -> tuple[int, bool] | None:
-        """Return the pCPU of a slot, and whether its siblings are as its pool wants them."""
-        cpu = self.cpu(item, slot)
-        return None if cpu is None else (cpu, (item.guest.uuid, slot.label) not in self._crowded)
+    def _places(self, item: Item) -> dict[Slot, tuple[int, bool]]:
+        """Return the pCPU of each slot that has one, and whether its siblings are as its pool wants them."""
+        return {
+            slot: (cpu, (item.guest.uuid, slot.label) not in self._crowded)
+            for slot in item.slots
+            if (cpu := self.cpu(item, slot)) is not None
+        }
 
     def _take_back(self, item: Item) -> dict[Slot, tuple[int, bool]]:
         """Take a guest's places back; return them."""
-        had = {slot: place for slot in item.slots if (place := self._place(item, slot)) is not None}
+        had = self._places(item)
         for slot in had:
             del self._given[(item.guest.uuid, slot.label)]
             self._crowded.discard((item.guest.uuid, slot.label))

@@ -58,14 +58,6 @@ class Topology:
             found |= self.nodes.get(node, NO_CPUS)
         return found
 
-    def node_of(self, cpu: int) -> int | None:
-        """Return the NUMA node of ``cpu``; None where the host has none."""
-        return self._node.get(cpu)
-
-    @cached_property
-    def _node(self) -> dict[int, int]:
-        return {cpu: node for node, cpus in self.nodes.items() for cpu in cpus}
-
     @cached_property
     def domains(self) -> tuple[tuple[CpuSet, ...], ...]:
         """The host cut into pieces, the smallest kind first: L3 caches, then NUMA nodes, then sockets."""

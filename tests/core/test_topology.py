@@ -12,7 +12,6 @@ def test_a_made_up_host_is_numbered_as_the_kernel_does():
 
     assert [str(made.siblings(cpu)) for cpu in range(8)] == ["0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7"]
     assert {node: str(found) for node, found in made.nodes.items()} == {0: "0-1,4-5", 1: "2-3,6-7"}
-    assert [made.node_of(cpu) for cpu in (0, 5, 2, 7)] == [0, 0, 1, 1]
     assert str(made.sockets[7]) == "2-3,6-7"
 
 
@@ -31,5 +30,5 @@ def test_what_is_not_known_is_alone():
     """On a host that tells nothing, a pCPU has no sibling, no node and no domain."""
     empty = Topology()
 
-    assert (empty.siblings(3), empty.node_of(3), empty.domains) == (cpus("3"), None, ())
+    assert (empty.siblings(3), empty.domains) == (cpus("3"), ())
     assert Topology.built(1, 2).of_nodes(cpus("0,5")) == cpus("0-1")

@@ -287,7 +287,7 @@ def test_the_facts_of_this_host_are_right():
     for cpu, core, socket, node in rows:
         same_core = {int(other[0]) for other in rows if other[1:3] == [core, socket]}
         assert set(host.topology.siblings(int(cpu))) == same_core
-        assert not node or host.topology.node_of(int(cpu)) == int(node)
+        assert not node or int(cpu) in host.topology.nodes[int(node)]
     assert host.online <= host.possible
     assert host.kernel == os.uname().release
     assert host.rt_runtime_us == int(Path("/proc/sys/kernel/sched_rt_runtime_us").read_text())
