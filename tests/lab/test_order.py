@@ -13,7 +13,7 @@ from lab.scene import FIFO_RESET, OTHER, Guest, Scene, Thread, policy, violation
 
 pytestmark = pytest.mark.lab("bookworm-rt")
 
-TRACE = "/var/tmp/rtpind.trace"
+TRACE = "/run/lab/trace"
 KINDS = ("helper leaves", "vCPU comes", "FIFO on")
 PROMOTED = r"\): other → fifo:1"
 _AFFINITY = re.compile(r"sched_setaffinity\((\d+), \d+, \[([\d ]*)\]\) += 0")
