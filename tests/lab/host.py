@@ -113,7 +113,7 @@ class LabHost:
         shape = self.shape
         command = ["qemu-system-x86_64", "-name", f"rtpind-lab-{shape.name}"]
         command += ["-nodefaults", "-no-user-config", "-display", "none"]
-        command += ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC", "-smp", shape.smp]
+        command += ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", shape.cpu, "-smp", shape.smp]
         command += ["-m", f"{shape.memory_mib}M"]
         for number, cpus in enumerate(shape.nodes):
             size = shape.memory_mib // len(shape.nodes)

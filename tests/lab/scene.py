@@ -19,7 +19,7 @@ POLICY = """\
 version: 1
 mode: {mode}
 pools:
-  realtime: {pool!r}
+  realtime: {pool}
 classes:
   realtime:
     vcpu: {{pool: realtime, exclusive: thread, scheduler: fifo, priority: 1}}
@@ -42,8 +42,9 @@ def policy(
     period: str = "2s",
     more: str = "",
 ) -> str:
-    """Return a policy with rules (glob of names, class); ``pool`` is where vCPUs go."""
+    """Return a policy with rules (glob of names, class); ``pool`` is where vCPUs go: a CPU list, or all of a pool."""
     lines = "\n".join(f"  - {{name: {name!r}, class: {class_}}}" for name, class_ in rules)
+    pool = pool if pool.startswith("{") else repr(pool)
     return POLICY.format(mode=mode, pool=pool, rules=lines or "  []", drift=drift, period=period) + more
 
 
