@@ -79,16 +79,18 @@ def main() -> None:
                 for guest in before.guests
             ),
         )
+        settled = place(policy, after, memory, Ledger())
+        memory = replace(memory, places=settled.wanted())
         more = replace(after, guests=(*after.guests, guests[-1]))
         cases = {
             "first plan": lambda before=before, policy=policy: make(
                 place(policy, before, Memory(), Ledger()), before, Memory()
             ),
-            "steady": lambda after=after, memory=memory, policy=policy: make(
-                place(policy, after, memory, Ledger()), after, memory
+            "steady": lambda after=after, memory=memory, policy=policy, settled=settled: make(
+                place(policy, after, memory, Ledger(), before=settled), after, memory
             ),
-            "one more guest": lambda more=more, memory=memory, policy=policy: make(
-                place(policy, more, memory, Ledger()), more, memory
+            "one more guest": lambda more=more, memory=memory, policy=policy, settled=settled: make(
+                place(policy, more, memory, Ledger(), before=settled), more, memory
             ),
         }
         for name, what in cases.items():

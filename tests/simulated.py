@@ -212,6 +212,7 @@ class World:
         if only is not None:
             old = {uuid: guest for uuid, guest in self.seen.items() if uuid not in only and uuid in domains}
             guests = old | {uuid: guest for uuid, guest in guests.items() if uuid in only}
+        guests = {uuid: old if (old := self.seen.get(uuid)) == guest else guest for uuid, guest in guests.items()}
         self.seen = guests
         return replace(found, guests=tuple(sorted(guests.values(), key=lambda guest: (guest.name, guest.uuid))))
 

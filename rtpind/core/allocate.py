@@ -8,6 +8,7 @@ equals the fullest, among those the lowest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.policy import Siblings
@@ -30,13 +31,13 @@ def choose(
             rooms = [room for domain in kind if len(room := domain & area & free) >= count]
             if rooms:
                 best = min(rooms, key=lambda room: (len(room), room.first()))
-                return tuple((_paired if paired else _spread)(best, topology))[:count]
+                return tuple(islice((_paired if paired else _spread)(best, topology), count))
     return ()
 
 
 def _paired(cpus: CpuSet, topology: Topology) -> Iterator[int]:
     """Yield pCPUs core by core, whole cores first."""
-    halves = cpus & topology.beside(CpuSet(topology.cores) - cpus)
+    halves = cpus & topology.beside(topology.known - cpus)
     for part in (cpus - halves, halves):
         for cpu in part - topology.above(part):
             yield from topology.siblings(cpu) & part
@@ -44,6 +45,6 @@ def _paired(cpus: CpuSet, topology: Topology) -> Iterator[int]:
 
 def _spread(cpus: CpuSet, topology: Topology) -> Iterator[int]:
     """Yield pCPUs so that idle cores come before the siblings of pCPUs that are in use."""
-    crowded = cpus & (topology.above(cpus) | topology.beside(CpuSet(topology.cores) - cpus))
+    crowded = cpus & (topology.above(cpus) | topology.beside(topology.known - cpus))
     yield from cpus - crowded
     yield from crowded

@@ -33,6 +33,15 @@ class Claims:
         self._all_had = NO_CPUS
         self.taken = NO_CPUS  # all that is given out, and the siblings kept idle
 
+    def copy(self) -> Claims:
+        """Return books that start from these."""
+        other = Claims(self._topology, self._shared)
+        other._held, other._mates, other._given = dict(self._held), dict(self._mates), self._given
+        other._blocked = {cpu: dict(who) for cpu, who in self._blocked.items()}
+        other._own_blocks, other._foreign = dict(self._own_blocks), self._foreign
+        other.owners, other.taken = dict(self.owners), self.taken
+        return other
+
     def give(self, cpu: int, uuid: str, label: str, siblings: Siblings) -> None:
         """Give ``cpu`` to a guest's ``label``, and its siblings with it unless they are to be ignored."""
         self.owners[cpu] = f"{uuid}: {label}"
@@ -68,6 +77,14 @@ class Claims:
             self._blocked.setdefault(cpu, {}).setdefault(uuid, text)
         self._own_blocks[uuid] = self._own_blocks.get(uuid, NO_CPUS) | cpus
         self._foreign |= cpus
+
+    def blocks_for(self, uuid: str) -> CpuSet:
+        """Return what is kept off because a guest is narrowed to it."""
+        return self._own_blocks.get(uuid, NO_CPUS)
+
+    def blocks_alike(self, other: Claims) -> bool:
+        """Return whether the same is kept off for the same guests."""
+        return self._own_blocks == other._own_blocks
 
     def blocked(self) -> Mapping[int, str]:
         """Return pCPU → who is narrowed to it."""

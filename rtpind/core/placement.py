@@ -8,6 +8,7 @@ where blocked = what the threads of guests that are not placed, and of others on
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,26 +21,58 @@ from rtpind.core.model import Guest, Role, Snapshot, Thread, ThreadId
 from rtpind.core.needs import Inputs, Item, needs
 from rtpind.core.policy import HOUSEKEEPING, Entry, Exclusive, GuestClass, Numa, Policy, Rule, Share
 from rtpind.core.protection import fifo_withheld
+from rtpind.core.reuse import Basis, Books, stale
 from rtpind.core.seats import Seats
 
 
-def place(policy: Policy, snapshot: Snapshot, memory: Memory, ledger: Ledger, clock: float = 0.0) -> Decision:
+def place(
+    policy: Policy,
+    snapshot: Snapshot,
+    memory: Memory,
+    ledger: Ledger,
+    clock: float = 0.0,
+    before: Decision | None = None,
+) -> Decision:
     """Decide the placement of every thread.
 
     ``clock``: wall-clock seconds, for pauses that end. Places that the daemon gave out before, then places that
     are valid in the kernel, are kept (promise 10); conflicts go to the oldest process, then by UUID (promise 6).
+    ``before``: the decision that ``memory`` is of, if there is one; it changes what this costs, and nothing else.
     """
     inputs, left = Inputs(policy, snapshot, memory, ledger), frozenset[str]()
+    continued = _continue(before, inputs, clock) if before is not None else None
+    if continued is not None:
+        return continued
     while True:
-        decision = _Placing(inputs, clock, left).decide()
-        found = left.union(guest.guest.uuid for guest in decision.guests if guest.state is State.LEFT)
+        placing = _Placing(inputs, clock, left)
+        placing.heed_others()
+        done = placing.decide(snapshot.guests)
+        found = left | _left(done)
         if found == left:
-            return decision
+            return placing.decision(done)
         left = found  # what these are narrowed to is not given out: decide anew without it
 
 
+def _continue(before: Decision, inputs: Inputs, clock: float) -> Decision | None:
+    """Decide anew only for guests that came or changed; None where that could be another decision."""
+    basis = before.basis
+    changed = None if basis is None else stale(before, basis, inputs)
+    if basis is None or changed is None:
+        return None
+    placing = _Placing(inputs, clock, frozenset(), basis.books.without(changed))
+    done = placing.decide([guest for guest in inputs.snapshot.guests if guest.uuid in changed])
+    if _left(done) or not placing.books.bind_alike(basis.books):
+        return None
+    kept = {found.guest.uuid: found for found in before.guests if found.guest.uuid not in changed}
+    return placing.decision(kept | done)
+
+
+def _left(done: dict[str, GuestDecision]) -> set[str]:
+    return {uuid for uuid, found in done.items() if found.state is State.LEFT}
+
+
 class _Placing:
-    def __init__(self, inputs: Inputs, clock: float, left: frozenset[str]) -> None:
+    def __init__(self, inputs: Inputs, clock: float, left: frozenset[str], books: Books | None = None) -> None:
         self.inputs = inputs
         self.policy = inputs.policy
         self.host = inputs.host
@@ -47,13 +80,17 @@ class _Placing:
         self.managed = inputs.ledger.managed()
         self.left = left  # UUIDs of guests that are known to stay as they are, for want of room
         self.housekeeping = inputs.pool(HOUSEKEEPING)
-        self.claims = Claims(self.host.topology, inputs.shared())
-        self.held = NO_CPUS  # what floaters keep off
+        self.books = books or Books(Claims(self.host.topology, inputs.shared()))
+        self.claims = self.books.claims
 
-    def decide(self) -> Decision:
-        ordered = sorted(self.inputs.snapshot.guests, key=lambda guest: (guest.pid_start, guest.uuid))
+    def heed_others(self) -> None:
+        """Keep what is given out off what threads that are no guest's are narrowed to."""
         for cpu, who in sorted(self.host.busy.items()):
             self.claims.block(CpuSet([cpu]), NOBODY, f"busy: {who}")
+
+    def decide(self, guests: Iterable[Guest]) -> dict[str, GuestDecision]:
+        """Decide for some guests, beside what the books say of others; return it by UUID."""
+        ordered = sorted(guests, key=lambda guest: (guest.pid_start, guest.uuid))
         items: list[Item] = []
         done: dict[str, GuestDecision] = {}
         for guest in ordered:
@@ -67,7 +104,7 @@ class _Placing:
                 assert rule is not None
                 assert class_ is not None
                 items.append(Item(guest, rule, class_))
-        seats = Seats(self.inputs, self.claims, self.fenced(items))
+        seats = Seats(self.inputs, self.books, self.fenced(items))
         for item in items:
             self.heed(item)
         items = [replace(item, slots=needs(self.inputs, item)) for item in items]
@@ -79,9 +116,16 @@ class _Placing:
             short[item.guest.uuid] = seats.fit(item)
         for item in items:
             done[item.guest.uuid] = self.settle(item, seats, short[item.guest.uuid])
-        decided = tuple(done[guest.uuid] for guest in sorted(ordered, key=lambda guest: (guest.name, guest.uuid)))
-        owners = dict(sorted(self.claims.owners.items()))
-        return Decision(guests=decided, owners=owners, blocked=self.claims.blocked())
+        return done
+
+    def decision(self, done: dict[str, GuestDecision]) -> Decision:
+        """Return what was decided for all guests as one."""
+        return Decision(
+            guests=tuple(sorted(done.values(), key=lambda found: (found.guest.name, found.guest.uuid))),
+            owners=dict(sorted(self.claims.owners.items())),
+            blocked=self.claims.blocked(),
+            basis=Basis(self.inputs, self.books),
+        )
 
     def leave(self, guest: Guest, rule: Rule | None, class_: GuestClass | None) -> GuestDecision | None:
         """Return the decision for a guest that is not touched; None for one to place."""
@@ -122,7 +166,7 @@ class _Placing:
                 narrowed |= self.inputs.kept_siblings(narrowed.first())
             self.claims.block(narrowed, guest.uuid, f"{guest.name}: {thread.label}")
             if thread.now.scheduling.realtime or ours:
-                self.held |= narrowed
+                self.books.held |= narrowed
 
     def fenced(self, items: list[Item]) -> dict[str, CpuSet]:
         """Keep other guests off what a cpuset holds a thread to; return what it holds each guest's helpers to."""
@@ -200,7 +244,8 @@ class _Placing:
         assert thread.index is not None
         why = f"its <cputune> pins it to {f'pCPU {pin}, which it has not to itself' if pin else 'no pCPU'}"
         realtime = guest.traits.realtime.get(thread.index, 0) > 0
-        cpus = (pin - self.claims.taken - self.held) or self.afloat(entry, guest)
+        self.books.loose |= pin
+        cpus = (pin - self.claims.taken - self.books.held) or self.afloat(entry, guest)
         return Wanted(cpus, withheld=why if realtime else "")
 
     def places(self, item: Item, seats: Seats) -> tuple[dict[ThreadId, tuple[CpuSet, int]], dict[Share | None, CpuSet]]:
@@ -230,7 +275,8 @@ class _Placing:
         """Return the mask of a thread without a pCPU of its own; empty where there is nowhere to be."""
         pool = HOUSEKEEPING if entry.exclusive or entry.share_with else entry.pool
         for name in (pool, HOUSEKEEPING):
-            cpus = self.inputs.pool(name) - self.claims.taken - self.held
+            self.books.loose |= self.inputs.pool(name)
+            cpus = self.inputs.pool(name) - self.claims.taken - self.books.held
             if self.inputs.options(name).numa is Numa.STRICT:
                 cpus = (cpus & self.inputs.near(guest)) or cpus
             if cpus:

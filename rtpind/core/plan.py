@@ -93,9 +93,9 @@ def make(decision: Decision, snapshot: Snapshot, memory: Memory) -> Plan:
     fighters: list[Thread] = []
     again = {guest.uuid for guest in snapshot.guests if guest.doubtful or _unsettled(guest)}
     placed = decision.wanted()
-    strangers = [thread for thread in snapshot.threads() if thread.now.scheduling.realtime and thread.id not in placed]
+    strangers = [thread for thread in snapshot.threads() if thread.id not in placed and thread.now.scheduling.realtime]
     for guest in decision.guests:
-        if not guest.state.managed:
+        if not guest.state.managed or guest.at_rest:
             continue
         planner = _Guest(guest, snapshot, memory, strangers)
         planner.run()

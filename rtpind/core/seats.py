@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rtpind.core.allocate import choose
-from rtpind.core.claims import NOBODY, Claims
+from rtpind.core.claims import NOBODY
 from rtpind.core.cpuset import NO_CPUS, CpuSet
 from rtpind.core.model import Role
 from rtpind.core.needs import Inputs, Item, Slot, unshared
 from rtpind.core.policy import Numa, Siblings
+from rtpind.core.reuse import Books
 
 
 class Seats:
-    """The pCPUs given out so far. ``fenced``: guest UUID → what a cpuset holds its helpers to."""
+    """The pCPUs given out so far: kept in ``books``. ``fenced``: guest UUID → what a cpuset holds its helpers to."""
 
-    def __init__(self, inputs: Inputs, claims: Claims, fenced: dict[str, CpuSet]) -> None:
+    def __init__(self, inputs: Inputs, books: Books, fenced: dict[str, CpuSet]) -> None:
         self._inputs = inputs
-        self._claims = claims
+        self._claims = books.claims
+        self._given = books.given
         self._fenced = fenced
-        self._given: dict[tuple[str, str], int] = {}  # (guest UUID, slot label) → pCPU
         self._crowded: set[tuple[str, str]] = set()  # those of them whose siblings are not as the pool says
 
     def cpu(self, item: Item, slot: Slot) -> int | None:

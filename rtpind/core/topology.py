@@ -41,6 +41,11 @@ class Topology:
         return CpuSet.of_mask(found)
 
     @cached_property
+    def known(self) -> CpuSet:
+        """The pCPUs whose core the kernel tells."""
+        return CpuSet(self.cores)
+
+    @cached_property
     def _pairs(self) -> dict[int, int]:
         """Distance → mask of the lower ones of two siblings so far apart: a few shifts then do for any set of pCPUs."""
         found: dict[int, int] = {}

@@ -52,8 +52,9 @@ class Observer:
                 guest = self._guest(uuid, name, memory, uptime)
                 if guest is not None and len(host.topology.nodes) > 1:
                     guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
+            last = self._last.get(uuid)
             if guest is not None:
-                found[uuid] = guest
+                found[uuid] = last if last == guest else guest  # the same object tells: nothing to decide
         self._last = found
         self._traits = {uuid: entry for uuid, entry in self._traits.items() if uuid in domains}
         ours = {thread.id.tid for guest in found.values() for thread in guest.threads}

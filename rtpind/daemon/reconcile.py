@@ -57,6 +57,7 @@ class Reconciler:
         self.memory = Memory()
         self.ledger = Ledger()
         self._seen: Snapshot | None = None  # by the last pass
+        self._decided: Decision | None = None  # by the last pass
         self.tally = Tally()
         self._unwritable = ""  # why the ledger could not be written, as last said
 
@@ -80,7 +81,7 @@ class Reconciler:
         assert policy is not None
         while True:
             snapshot = self.observer.look(self.domains, self.memory, only)
-            decision = place(policy, snapshot, self.memory, self.ledger, time.time())
+            decision = place(policy, snapshot, self.memory, self.ledger, time.time(), self._decided)
             plan = planning.make(decision, snapshot, self.memory)
             acted = {step.thread.guest for step in plan.steps}
             if only is None or acted <= set(only):
@@ -94,7 +95,7 @@ class Reconciler:
         if self._seen is not None:
             for record in hotplug(self._seen, view.snapshot.host):
                 self.emit(record)
-        self._seen = view.snapshot
+        self._seen, self._decided = view.snapshot, view.decision
         outcomes = self._act(view)
         memory = self.memory
         self.memory = learn(memory, view.snapshot, view.decision, view.plan, outcomes, self.clock())

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from random import Random
+from time import time as now
 from typing import Any
 
 from factories import fifo, guest
@@ -196,6 +197,9 @@ class Life:
 
         def view(*args: Any, **kwargs: Any) -> View:
             self.view = look(*args, **kwargs)  # what a pass promises is about what it decided
+            known = self.reconciler.memory, self.reconciler.ledger
+            whole = place(self.reconciler.policy or self.policy, self.view.snapshot, *known, now())
+            assert self.view.decision == whole  # whatever it took over from the decision before
             self.before = violations(self.world)
             seen = {found.id.tid: found.now for found in self.view.snapshot.threads()}
             self.unseen = {tid for tid, now in self.world.where().items() if seen.get(tid) != now}
