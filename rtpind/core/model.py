@@ -174,8 +174,9 @@ class Guest:
     contested: tuple[str, ...] = ()  # labels that two threads claim: nobody gets them
     young: bool = False  # its QEMU began so lately that libvirt may not have moved its threads yet
     doubtful: tuple[str, ...] = ()  # labels that two threads claim for the first time: look again
-    traits: Traits | None = None  # None: libvirt has not told them yet
-    nodes: CpuSet = NO_CPUS  # NUMA nodes that most of its memory is on, as the kernel shows it; empty: not known
+    traits: Traits | None = None  # None: libvirt has not told them yet, or they are
+    unreadable: str = ""  # why its definition cannot be read
+    nodes: CpuSet = NO_CPUS  # NUMA nodes that QEMU binds its memory to, or that most of it is on; empty: not known
 
     @property
     def process(self) -> tuple[int, int]:

@@ -143,6 +143,9 @@ class _Placing:
         if class_ is not None:
             common["class_name"] = class_.name
             untold = untold or (guest.traits is None and class_.by_cputune)
+        if untold and guest.unreadable and not guest.starting:
+            reason = f"its definition, which this rule or class asks for, cannot be read: {guest.unreadable}"
+            return GuestDecision(state=State.REFUSED, reason=reason, **common)
         if guest.starting or untold:
             reason = "libvirt has not told its definition yet"
             reason = "it is starting: libvirt has not moved its vCPUs yet" if guest.starting else reason

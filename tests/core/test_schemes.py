@@ -286,6 +286,25 @@ def test_rules_match_what_libvirt_knows(keys, matches):
     assert decided.state is (State.PLACED if matches else State.UNMANAGED)
 
 
+def test_a_definition_that_cannot_be_read_is_not_waited_for():
+    """What asks for it leaves the guest as it is, and says so; what goes by the name alone places it."""
+    rules = '{flavor: "x", class: c}\n  - {name: "*", class: by-name}'
+    by = policy("by-name: {vcpu: {pool: realtime, exclusive: thread}}\n  c: {vcpu: {from: cputune}}", rules=rules)
+    one = guest(unreadable="not XML")
+    reason = "its definition, which this rule or class asks for, cannot be read: not XML"
+
+    refused = decide(by, one)
+
+    assert state(refused) == (State.REFUSED, reason)
+    assert where(refused) == {}
+    judged = judge(find(one, "vcpu 0"), refused.guests[0], refused, Memory(), snapshot(one))
+    assert judged == (Verdict.NOT_PLACED, reason)
+    assert where(decide(factories.policy(), one))["vcpu 0"] == "2 fifo:1"
+    assert state(decide(policy("c: {vcpu: {from: cputune}}"), one)) == (State.REFUSED, reason)
+    starting = replace(one, young=True, threads=one.threads[:1])
+    assert state(decide(by, starting))[0] is State.PLACED
+
+
 def test_a_rule_that_may_match_is_waited_for():
     """A guest of which libvirt has not told is left alone until it has, unless an earlier rule matches."""
     by = policy("c: {vcpu: {pool: realtime, exclusive: thread}}", rules='{flavor: "rt.*", class: c}')
