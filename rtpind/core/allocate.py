@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Which of the free pCPUs a guest gets: close to each other, close to its memory, and so that large guests still fit.
 
-The smallest part of the host that has enough room is taken (an L3 cache before a NUMA node before a socket), among
+The smallest part of the host that has enough room is taken (an L3 cache before a die, a NUMA node, a socket), among
 equals the fullest, among those the lowest.
 """
 
