@@ -16,19 +16,30 @@ from rtpind.core.topology import Topology
 
 
 def choose(
-    count: int, free: CpuSet, topology: Topology, areas: Sequence[CpuSet], siblings: Siblings, threads: int = 1
+    count: int,
+    free: CpuSet,
+    topology: Topology,
+    areas: Sequence[CpuSet],
+    siblings: Siblings,
+    threads: int = 1,
+    *,
+    one_node: bool = False,
 ) -> tuple[int, ...]:
     """Return ``count`` of the ``free`` pCPUs in the order of the guest's vCPUs; empty when they are too few.
 
     ``areas``: where to look, the best first. ``threads``: of each of the guest's own cores; a guest that has them
-    gets pCPUs of one core for vCPUs of one core, as far as there are.
+    gets pCPUs of one core for vCPUs of one core, as far as there are. ``one_node``: all of them on one NUMA node.
     """
     if siblings is Siblings.IDLE:
         free -= topology.above(free)  # one of each core
     paired = threads > 1 or siblings is Siblings.SAME_GUEST
     for area in areas:
         for kind in (*topology.domains, (area,)):
-            rooms = [room for domain in kind if len(room := domain & area & free) >= count]
+            rooms = [
+                room
+                for domain in kind
+                if len(room := domain & area & free) >= count and not (one_node and len(topology.nodes_of(room)) > 1)
+            ]
             if rooms:
                 best = min(rooms, key=lambda room: (len(room), room.first()))
                 return tuple(islice((_paired if paired else _spread)(best, topology), count))

@@ -184,6 +184,11 @@ class Guest:
         return (self.pid, self.pid_start)
 
     @property
+    def memory_nodes(self) -> CpuSet:
+        """NUMA nodes of its memory: what libvirt binds it to, else QEMU, else where it lies; empty: not known."""
+        return self.traits.nodes if self.traits is not None and self.traits.nodes else self.nodes
+
+    @property
     def starting(self) -> bool:
         """Whether libvirt has not begun to move its vCPUs: how many they are, and so what it needs, is not known.
 

@@ -91,6 +91,10 @@ def explain(options: argparse.Namespace) -> int:
         show.line(f"  line {rule['line']}: {rule['rule']}: {_MATCHES[rule['matches']]}")
     if not any(rule["matches"] is not False for rule in document["considered"]):
         show.line("  no rule matches: unmanaged")
+    memory = document["memory"]
+    if memory["nodes"]:
+        away = ", ".join(memory["away"]) or "none"
+        show.line(f"  memory: NUMA node {memory['nodes']}, pCPU {memory['cpus'] or 'none'}; away from it: {away}")
     for pool in document["pools"]:
         taken = ", ".join(f"{cpu} by {who}" for cpu, who in pool["taken"].items()) or "none"
         blocked = "".join(f"; {cpu} blocked by {who}" for cpu, who in pool["blocked"].items())

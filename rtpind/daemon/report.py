@@ -146,7 +146,7 @@ def not_ok(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the managed threads of a status document that are not ``ok``, with their guest's name."""
     found = []
     for guest in document["guests"]:
-        managed = guest["state"] in ("placed", "crowded", "degraded", "left", "refused")
+        managed = guest["state"] in ("placed", "crowded", "remote", "degraded", "left", "refused")
         found += [
             {"guest": guest["name"], **thread}
             for thread in guest["threads"]
@@ -222,6 +222,12 @@ def explain(guest: GuestDecision, decision: Decision, policy: Policy, snapshot: 
     host = snapshot.host
     class_ = policy.classes.get(guest.class_name)
     names = {entry.guest.uuid: entry.guest.name for entry in decision.guests}
+    near = host.topology.of_nodes(guest.guest.memory_nodes)
+    away = [
+        thread.label
+        for thread in sorted(guest.guest.threads, key=_display)
+        if near and thread.id in guest.wanted and not guest.wanted[thread.id].cpus <= near
+    ]
     taken = {
         str(cpu): names.get(owner.partition(": ")[0], "?") + ": " + owner.partition(": ")[2]
         for cpu, owner in decision.owners.items()
@@ -234,6 +240,7 @@ def explain(guest: GuestDecision, decision: Decision, policy: Policy, snapshot: 
             {"rule": str(rule), "line": rule.line, "matches": rule.matches(guest.guest)}
             for rule in _until(policy.rules, guest.guest)
         ],
+        "memory": {"nodes": str(guest.guest.memory_nodes), "cpus": str(near), "away": list(dict.fromkeys(away))},
         "pools": [
             {
                 "pool": name,

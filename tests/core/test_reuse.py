@@ -54,7 +54,7 @@ when_full: {random.choice(["degrade", "leave"])}
 
 EVENTS = [
     *["come"] * 6,
-    *["go", "drift", "plug", "settle", "told", "again", "refuse"] * 2,
+    *["go", "drift", "plug", "memory", "settle", "told", "again", "refuse"] * 2,
     *["policy", "hands", "forget", "remember"],
 ]
 
@@ -134,6 +134,8 @@ class Host:
             )  # fmt: skip
             if new.id not in {each.id for each in chosen.threads}:
                 self.guests[number] = replace(chosen, threads=(*chosen.threads, new))
+        elif what == "memory":
+            self.guests[number] = replace(chosen, nodes=CpuSet([self.random.randrange(2)]))
         elif what == "settle":
             self.change(one, settled=True)
             self.guests[number] = replace(self.guests[number], young=False)
