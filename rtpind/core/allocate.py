@@ -47,11 +47,10 @@ def choose(
 
 
 def _paired(cpus: CpuSet, topology: Topology) -> Iterator[int]:
-    """Yield pCPUs core by core, whole cores first."""
+    """Return pCPUs core by core, whole cores first."""
     halves = cpus & topology.beside(topology.known - cpus)
-    for part in (cpus - halves, halves):
-        for cpu in part - topology.above(part):
-            yield from topology.siblings(cpu) & part
+    parts = (cpus - halves, halves)
+    return (mate for part in parts for cpu in part - topology.above(part) for mate in topology.siblings(cpu) & part)
 
 
 def _spread(cpus: CpuSet, topology: Topology) -> Iterator[int]:
