@@ -232,8 +232,10 @@ def test_promises_hold_for_cputune_too(pin, place):
 
 def test_a_helper_can_share_with_a_pinned_vcpu():
     """The pCPU of a vCPU that <cputune> pins can be joined."""
-    by = policy("c: {vcpu: {from: cputune}, emulator: {share_with: {vcpu: 0}}}")
+    text = "{vcpu: {from: cputune}, emulator: {share_with: {vcpu: 0}}}"
+    by, warned = load(f'version: 1\nclasses: {{c: {text}}}\nguests: [{{name: "*", class: c}}]', HOST)
 
+    assert [problem.warning for problem in warned] == [True]  # where the XML makes that vCPU FIFO
     assert where(decide(by, guest(traits=XML, iothreads=0)))["emulator"] == "4"
 
 
