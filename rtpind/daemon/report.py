@@ -71,6 +71,13 @@ def _pools(host: Host, policy: Policy | None) -> tuple[CpuSet, CpuSet]:
     return floats - owned, owned
 
 
+def blocked(host: Host, policy: Policy | None, decision: Decision | None) -> dict[str, str]:
+    """Return pCPU → why it is not given out, of those that could be: whose thread is narrowed to it."""
+    _, exclusive = _pools(host, policy)
+    found = {cpu: f"busy: {who}" for cpu, who in sorted(host.busy.items())} if decision is None else decision.blocked
+    return {str(cpu): who for cpu, who in found.items() if cpu in exclusive}
+
+
 def status(
     snapshot: Snapshot,
     *,
@@ -105,6 +112,7 @@ def status(
             "kernel": snapshot.host.kernel,
             "online": str(snapshot.host.online),
             "facts": facts(snapshot.host, policy, others),
+            "blocked": blocked(snapshot.host, policy, decision),
         },
         "guests": guests,
     }
@@ -155,7 +163,7 @@ def not_ok(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def plan(plan: Plan, snapshot: Snapshot, decision: Decision) -> dict[str, Any]:
+def plan(plan: Plan, snapshot: Snapshot, decision: Decision, policy: Policy) -> dict[str, Any]:
     """Return the document of ``rtpinctl plan``: the steps in their order, and the guests."""
     names = {guest.uuid: guest.name for guest in snapshot.guests}
     return {
@@ -177,13 +185,15 @@ def plan(plan: Plan, snapshot: Snapshot, decision: Decision) -> dict[str, Any]:
             for step in plan.steps
         ],
         "guests": [_guest(guest.guest, guest) for guest in decision.guests],
+        "blocked": blocked(snapshot.host, policy, decision),
     }
 
 
-def capacity(rows: Iterable[Row]) -> dict[str, Any]:
+def capacity(rows: Iterable[Row], blocked: Mapping[str, str]) -> dict[str, Any]:
     """Return the document of ``rtpinctl capacity``: a row for each class and number of vCPUs."""
     return {
         "version": VERSION,
+        "blocked": dict(blocked),
         "rows": [
             {
                 "class": row.class_name,
@@ -192,9 +202,14 @@ def capacity(rows: Iterable[Row]) -> dict[str, Any]:
                 "realtime_vcpus": row.realtime_vcpus,
                 "limited_by": row.limited_by,
             }
+            | ({} if row.running is None else _running(row))
             for row in rows
         ],
     }
+
+
+def _running(row: Row) -> dict[str, Any]:
+    return {"running": row.running, "running_realtime_vcpus": row.running_realtime}
 
 
 def one_more(guest: Guest, decision: Decision) -> dict[str, Any]:
