@@ -214,8 +214,7 @@ class Seats:
         free, topology = self._usable(item, slots[0], strict=strict), self._inputs.host.topology
         one_node = traits.numa is Numa.STRICT and not self._inputs.near(item.guest)
         if one_node:
-            has = topology.of_nodes(topology.nodes_of(CpuSet(cpu for cpu, _ in self._places(item).values())))
-            free = (free & has) if has else free
+            free &= self._nodes_for(item, pool, free, siblings)
         areas = self._areas(item, pool)
         for count in range(len(slots), 0, -1):
             chosen = choose(count, free, topology, areas, siblings, threads, one_node=one_node)
@@ -233,6 +232,16 @@ class Seats:
             else:
                 short = short or self._lack(item, slot, strict=strict)
         return short
+
+    def _nodes_for(self, item: Item, pool: str, free: CpuSet, siblings: Siblings) -> CpuSet:
+        """Return the pCPUs of nodes for a guest without memory: those it is on or, at first, with room for it all."""
+        topology = self._inputs.host.topology
+        nodes = topology.nodes_of(CpuSet(cpu for cpu, _ in self._places(item).values()))
+        if not nodes:
+            rooms = free - topology.above(free) if siblings is Siblings.IDLE else free
+            total = sum(slot.entry.pool == pool and slot.allowed is None for slot in item.slots)
+            nodes = CpuSet(node for node, cpus in topology.nodes.items() if len(rooms & cpus) >= total)
+        return topology.of_nodes(nodes) or free
 
     def _areas(self, item: Item, pool: str) -> list[CpuSet]:
         """Return where to look for pCPUs, the best first: close to the guest's others, then to its memory."""

@@ -540,6 +540,22 @@ def test_a_strict_pool_serves_who_has_no_memory_yet_from_one_node():
     assert state(decide(by, replace(large, nodes=cpus("0-1")), on=on), "a")[0] is State.PLACED
 
 
+def test_a_guest_without_memory_goes_where_all_of_it_has_room():
+    """Not to the fullest node that takes its vCPUs, where its emulator would find no pCPU."""
+    on = host(**BIG)
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}, emulator: {pool: realtime, exclusive: guest}}",
+        pools='realtime: {cpus: "1-7,9-15", numa: strict}',
+        on=on,
+    )
+
+    decision = decide(by, guest(vcpus=6), on=on)
+
+    assert state(decision) == (State.PLACED, "")
+    assert vcpus_of(decision) == ["4", "5", "6", "7", "12", "13"]
+    assert where(decision)["emulator"] == "14"
+
+
 def test_a_vcpu_plugged_into_a_guest_without_memory_joins_its_node():
     """Where that has no room, it stays with the helpers; the others keep their places."""
     by, on = smt(numa="strict"), host(**BIG)
