@@ -67,7 +67,7 @@ class Made:
         return report.status(self.snapshot, others=OTHERS)
 
     def plan(self):
-        return report.plan(self.steps, self.snapshot, self.decision)
+        return report.plan(self.steps, self.snapshot, self.decision, self.policy)
 
     def explain(self, number=0):
         """Return the explanation of one guest, in the order of the snapshot."""

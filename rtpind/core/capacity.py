@@ -6,7 +6,7 @@ It asks :func:`rtpind.core.placement.place` itself, so the answer is what the da
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rtpind.core.cpuset import CpuSet
@@ -36,13 +36,19 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """How many guests of one size fit under one class (None: any number), and what keeps the next one out."""
+    """How many guests of one size fit under one class (None: any number), and what keeps the next one out.
+
+    ``running``: how many of them are there and have their places, and ``running_realtime`` their FIFO vCPUs; None where
+    that is not counted.
+    """
 
     class_name: str
     vcpus: int
     guests: int | None
     realtime_vcpus: int
     limited_by: str
+    running: int | None = None
+    running_realtime: int | None = None
 
 
 def made_up(class_: str, shape: Shape, number: int = 0) -> Guest:
@@ -113,18 +119,50 @@ def _first_reason(found: Sequence[GuestDecision]) -> str:
 
 
 def table(
-    policy: Policy, sizes: Iterable[int], running: Snapshot, memory: Memory, ledger: Ledger, *, iothreads: int = 0
+    policy: Policy,
+    sizes: Iterable[int],
+    running: Snapshot,
+    memory: Memory,
+    ledger: Ledger,
+    *,
+    iothreads: int = 0,
+    there: Decision | None = None,
 ) -> Iterator[Row]:
-    """Yield a row for each class of the policy and each number of vCPUs."""
-    sizes = tuple(sizes)
-    for _, class_ in sorted(policy.classes.items()):
-        for vcpus in sizes:
-            yield fits(policy, class_, Shape(vcpus=vcpus, iothreads=iothreads), running, memory, ledger)
+    """Yield a row for each class of the policy and each number of vCPUs.
+
+    ``there``: what is decided for the guests of ``running``, if they are to be counted; sizes that some of them have
+    get rows too.
+    """
+    asked = tuple(sizes)
+    for name, class_ in sorted(policy.classes.items()):
+        found = _there(there, name) if there is not None else {}
+        for vcpus in dict.fromkeys((*asked, *sorted(found))):
+            row = fits(policy, class_, Shape(vcpus=vcpus, iothreads=iothreads), running, memory, ledger)
+            counted = found.get(vcpus, [])
+            if there is not None:
+                row = replace(row, running=len(counted), running_realtime=sum(map(_realtime, counted)))
+            yield row
 
 
-def made_up_host(sockets: int, cores: int, threads: int, isolated: CpuSet | None = None) -> Host:
-    """Return a host of that shape; by default all but its first core is isolated."""
-    topology = Topology.built(sockets, cores, threads)
+def _there(decision: Decision, class_name: str) -> dict[int, list[GuestDecision]]:
+    """Return number of vCPUs → the guests of a class that have their places."""
+    found: dict[int, list[GuestDecision]] = {}
+    for guest in decision.guests:
+        if guest.class_name == class_name and guest.state in (State.PLACED, State.CROWDED, State.REMOTE):
+            vcpus = sum(thread.role is Role.VCPU for thread in guest.guest.threads)
+            if vcpus and not guest.pending:
+                found.setdefault(vcpus, []).append(guest)
+    return found
+
+
+def made_up_host(
+    sockets: int, cores: int, threads: int, isolated: CpuSet | None = None, parts: Mapping[str, int] | None = None
+) -> Host:
+    """Return a host of that shape; by default all but its first core is isolated.
+
+    ``parts``: how many L3 ``caches``, ``dies`` and NUMA ``nodes`` each socket has; one where nothing is said.
+    """
+    topology = Topology.built(sockets, cores, threads, **(parts or {}))
     online = CpuSet(range(sockets * cores * threads))
     own = topology.siblings(0) if isolated is None else online - isolated
     return Host(online=online, possible=online, isolated=online - own, topology=topology)

@@ -176,6 +176,11 @@ class _Check:
             self.add("share_with", f"{self.role} would share with itself", "name another role")
         elif found is not None and (found.cputune or found.exclusive is wanted):
             self.starving(share, found)
+            if found.cputune and not self.entry.cputune:
+                fifo = f"FIFO {self.entry.priority} or higher" if self.entry.priority else "FIFO"
+                what = f"where <cputune> makes {share} {fifo}, it gets none while the {self.role} can run on its pCPU"
+                hint = "share with a vCPU that is not realtime in the XML, or give this role a pool"
+                self.reading.add((*self.path, "share_with"), what, hint, warning=True)
         else:
             self.add("share_with", f"{share} has no pCPU of its own to share", f"{share.role}: exclusive: {wanted}")
 

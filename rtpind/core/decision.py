@@ -23,6 +23,7 @@ class State(StrEnum):
 
     PLACED = "placed"
     CROWDED = "crowded"  # placed, but others may run on the SMT siblings: no core of its own was left
+    REMOTE = "remote"  # placed, but away from its memory, which its pool wants it to be near
     DEGRADED = "degraded"  # no room: floats in housekeeping without FIFO
     LEFT = "left"  # no room: as it is
     REFUSED = "refused"  # not of a shape that its class is for: as it is
@@ -34,7 +35,7 @@ class State(StrEnum):
     @property
     def managed(self) -> bool:
         """Whether rtpind acts on the guest's threads."""
-        return self in (State.PLACED, State.CROWDED, State.DEGRADED)
+        return self in (State.PLACED, State.CROWDED, State.REMOTE, State.DEGRADED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,13 +174,19 @@ class Guest:
     contested: tuple[str, ...] = ()  # labels that two threads claim: nobody gets them
     young: bool = False  # its QEMU began so lately that libvirt may not have moved its threads yet
     doubtful: tuple[str, ...] = ()  # labels that two threads claim for the first time: look again
-    traits: Traits | None = None  # None: libvirt has not told them yet
-    nodes: CpuSet = NO_CPUS  # NUMA nodes that most of its memory is on, as the kernel shows it; empty: not known
+    traits: Traits | None = None  # None: libvirt has not told them yet, or they are
+    unreadable: str = ""  # why its definition cannot be read
+    nodes: CpuSet = NO_CPUS  # NUMA nodes that QEMU binds its memory to, or that most of it is on; empty: not known
 
     @property
     def process(self) -> tuple[int, int]:
         """Pid and start time: one run of the guest; a reboot keeps it, a stop ends it."""
         return (self.pid, self.pid_start)
+
+    @property
+    def memory_nodes(self) -> CpuSet:
+        """NUMA nodes of its memory: what libvirt binds it to, else QEMU, else where it lies; empty: not known."""
+        return self.traits.nodes if self.traits is not None and self.traits.nodes else self.nodes
 
     @property
     def starting(self) -> bool:

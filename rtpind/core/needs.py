@@ -141,9 +141,8 @@ class Inputs:
         return NO_CPUS if cpus in (self.host.online, self.host.online - self.host.isolated) else cpus
 
     def near(self, guest: Guest) -> CpuSet:
-        """Return the pCPUs of the nodes of a guest's memory: where it is bound to, else where it lies."""
-        nodes = guest.traits.nodes if guest.traits is not None and guest.traits.nodes else guest.nodes
-        return self.host.topology.of_nodes(nodes) if nodes else NO_CPUS
+        """Return the pCPUs near a guest's memory; empty where that is not known, or on a node without any."""
+        return self.host.topology.of_nodes(guest.memory_nodes)
 
     def placed(self, thread: Thread) -> bool:
         """Return whether rtpind gave this thread a place before: in this run, or in one that touched it."""

@@ -68,6 +68,7 @@ def standing(
 #: What a guest without the place that its class asks for has in its stead.
 _LOST = {
     State.CROWDED: "placed with a step lost: {}",
+    State.REMOTE: "placed with a step lost: {}",
     State.DEGRADED: "not placed: {}; floats in housekeeping without FIFO",
     State.LEFT: "not placed: {}; left as it is",
     State.REFUSED: "not placed: {}; left as it is",

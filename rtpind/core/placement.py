@@ -109,7 +109,7 @@ class _Placing:
             self.heed(item)
         items = [replace(item, slots=needs(self.inputs, item)) for item in items]
         seats.keep(items)
-        seats.uncrowd(items)
+        seats.improve(items)
         # A thread that libvirt has not moved yet has only its name to show: what it needs comes last (promise 5).
         short: dict[str, str] = {}
         for item in sorted(items, key=lambda item: not all(thread.settled for thread in item.guest.threads)):
@@ -143,6 +143,9 @@ class _Placing:
         if class_ is not None:
             common["class_name"] = class_.name
             untold = untold or (guest.traits is None and class_.by_cputune)
+        if untold and guest.unreadable and not guest.starting:
+            reason = f"its definition, which this rule or class asks for, cannot be read: {guest.unreadable}"
+            return GuestDecision(state=State.REFUSED, reason=reason, **common)
         if guest.starting or untold:
             reason = "libvirt has not told its definition yet"
             reason = "it is starting: libvirt has not moved its vCPUs yet" if guest.starting else reason
@@ -224,10 +227,11 @@ class _Placing:
                 place = Wanted(self.afloat(entry, guest), withheld=short if entry.priority else "")
             if place.cpus:
                 wanted[thread.id] = place
-        crowded = "" if short else seats.crowding(item)
+        crowded, remote = ("", "") if short else (seats.crowding(item), seats.distance(item))
+        lost = State.REMOTE if remote else State.CROWDED if crowded else State.PLACED
         return GuestDecision(
-            state=State.DEGRADED if short else State.CROWDED if crowded else State.PLACED,
-            reason=short or crowded,
+            state=State.DEGRADED if short else lost,
+            reason=short or "; ".join(filter(None, (remote, crowded))),
             wanted=wanted,
             roomless=frozenset(roomless),
             drift=class_.drift or self.policy.drift,

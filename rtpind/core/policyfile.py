@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rtpind.core.classreader import read_class
-from rtpind.core.cpuset import NO_CPUS, CpuListError, CpuSet
+from rtpind.core.cpuset import CpuListError, CpuSet
 from rtpind.core.document import Path, Problem, dotted
 from rtpind.core.model import Host, Role
 from rtpind.core.policy import (
@@ -140,7 +140,7 @@ class _Reader(Reading):
             yield rule
 
     def read_pcpus(self, path: Path, value: Mapping[str, Any], class_: GuestClass | None) -> tuple[int, ...]:
-        """Read the fixed pCPUs of a rule: each must be in a pool that its class gives to vCPUs of their own."""
+        """Read the fixed pCPUs of a rule: each must be in the pool of the vCPU that it is for."""
         if "pcpus" not in value:
             return ()
         try:
@@ -149,22 +149,35 @@ class _Reader(Reading):
             self.add(path, f"not pCPUs in their order: {error}", 'write 6, "6-7" or [7, 6]')
             return ()
         if class_ is not None and self.sound(("classes", class_.name)):
-            own = [entry.pool for entry in class_.entries[Role.VCPU] if entry.exclusive is not None]
-            cpus = NO_CPUS
-            for pool in filter(self.usable, own):
-                cpus |= pool_cpus(self.pools, pool, self.host)
-            if not own:
-                self.add(path, f"class '{class_.name}' gives vCPUs no pCPUs of their own", "vcpu: exclusive: thread")
-            elif all(map(self.usable, own)) and CpuSet(pcpus) - cpus:
-                pools = " and ".join(f"'{pool}'" for pool in sorted(set(own)))
-                self.add(path, f"pCPU {CpuSet(pcpus) - cpus} is not in {pools}", f"there: {cpus or 'none'}")
+            self.check_pcpus(path, pcpus, class_)
         return pcpus
+
+    def check_pcpus(self, path: Path, pcpus: tuple[int, ...], class_: GuestClass) -> None:
+        """Check each pCPU against the pool from which its vCPU is given one, and that there is such a vCPU."""
+        named = [max(entry.ids.named, default=0) for entry in class_.entries[Role.VCPU] if entry.ids is not None]
+        entries = ((index, class_.entry(Role.VCPU, index)) for index in range(max(named, default=0) + len(pcpus) + 1))
+        own = [(index, entry.pool) for index, entry in entries if entry is not None and entry.exclusive is not None]
+        wrong: dict[str, list[tuple[int, int]]] = {}
+        for cpu, (index, pool) in zip(pcpus, own, strict=False):
+            if self.usable(pool) and cpu not in pool_cpus(self.pools, pool, self.host):
+                wrong.setdefault(pool, []).append((cpu, index))
+        for pool, found in sorted(wrong.items()):
+            cpus, indices = (CpuSet(numbers) for numbers in zip(*found, strict=True))
+            there = pool_cpus(self.pools, pool, self.host) or "none"
+            self.add(path, f"pCPU {cpus} is not in '{pool}', which vcpu {indices} has its own from", f"there: {there}")
+        if not own:
+            self.add(path, f"class '{class_.name}' gives vCPUs no pCPUs of their own", "vcpu: exclusive: thread")
+        elif pcpus[len(own) :]:
+            what = f"pCPU {CpuSet(pcpus[len(own) :])} is for nobody"
+            hint = f"class '{class_.name}' gives no more than {len(own)} vCPUs a pCPU of their own"
+            self.add(path, what, hint, warning=True)
 
     def check_reach(self, classes: Mapping[str, GuestClass], rules: tuple[Rule, ...]) -> None:
         """Check the pools that some rule reaches: not empty, and none both exclusive and floating."""
         reached = {rule.class_name for rule in rules} & set(classes)
         used: dict[str, Path] = {}  # by a class that a rule names, and where that is written
         owned: dict[str, Path] = {}  # those of them that are given out exclusively
+        floating: set[str] = set()
         floats: dict[str, Path] = {}  # those that helpers float in; a vCPU that floats keeps off what is given out
         for name in sorted(reached):
             for role, number, entry in _numbered(classes[name]):
@@ -176,23 +189,30 @@ class _Reader(Reading):
                     owned.setdefault(entry.pool, path)
                     continue
                 if not entry.priority:  # else it may not float at all
+                    floating.add(entry.pool)
                     self.check_balance(entry.pool, path)
                 if role is not Role.VCPU:
                     floats.setdefault(entry.pool, path)
-        for name in sorted({HOUSEKEEPING, *self.pools}):
-            if self.usable(name) and not pool_cpus(self.pools, name, self.host):
-                what = f"the pool '{name}' is empty on this host" + (
-                    f", and {dotted(used[name])} needs it" if name in used else ""
-                )
-                hint = f"isolated here: {self.host.isolated or 'none'}, online: {self.host.online}"
-                needed = name in used or (name == HOUSEKEEPING and bool(reached))
-                self.add(("pools", name), what, hint, warning=not needed)
+        self.check_empty(used, needed=bool(reached))
+        if reached and HOUSEKEEPING in self.pools and HOUSEKEEPING not in floating:  # who finds no room floats there
+            self.check_balance(HOUSEKEEPING, ("pools", HOUSEKEEPING))
         for own, where in sorted(owned.items()):
             for other in sorted(filter(self.usable, {HOUSEKEEPING, *floats})):
                 common = pool_cpus(self.pools, own, self.host) & pool_cpus(self.pools, other, self.host)
                 if common:
                     user = dotted(floats[other]) if other in floats else "the host"
                     self.collision(own, other, where, common, user)
+
+    def check_empty(self, used: Mapping[str, Path], *, needed: bool) -> None:
+        """Check that no pool is empty: a problem of those in use, and of housekeeping where it is ``needed``."""
+        for name in sorted({HOUSEKEEPING, *self.pools}):
+            if self.usable(name) and not pool_cpus(self.pools, name, self.host):
+                what = f"the pool '{name}' is empty on this host" + (
+                    f", and {dotted(used[name])} needs it" if name in used else ""
+                )
+                hint = f"isolated here: {self.host.isolated or 'none'}, online: {self.host.online}"
+                problem = name in used or (name == HOUSEKEEPING and needed)
+                self.add(("pools", name), what, hint, warning=not problem)
 
     def place_of(self, name: str, role: Role, number: int) -> Path:
         """Return where an entry is written: itself, its role, the emulator that the role follows, or the class."""

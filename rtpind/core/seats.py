@@ -41,10 +41,24 @@ class Seats:
         what = "no core with idle siblings" if idle else "no core of its own"
         return f"{what} in '{pool}' for {', '.join(slot.label for slot in crowded)}: others may run beside it"
 
+    def distance(self, item: Item) -> str:
+        """Return which of a guest's pCPUs are away from its memory, though their pool is strict; "" for none."""
+        away = self._away(item)
+        if not away:
+            return ""
+        what = f"away from its memory (NUMA node {item.guest.memory_nodes}): {', '.join(slot.label for slot in away)}"
+        return f"{what}; '{away[0].entry.pool}' has no room for all of it there"
+
+    def _away(self, item: Item) -> list[Slot]:
+        strict = (slot for slot in item.slots if self._inputs.choice(slot)[1].numa is Numa.STRICT)
+        near = self._inputs.near(item.guest)
+        return [slot for slot in strict if near and (cpu := self.cpu(item, slot)) is not None and cpu not in near]
+
     def keep(self, items: list[Item]) -> None:
         """Keep valid places: first those this daemon decided, then those the kernel shows; oldest guest first.
 
-        Those that are all that their pool asks for come first, then those whose siblings are not.
+        Those with siblings as their pool asks come first, then the others. Away from its memory a guest keeps what
+        rtpind gave it, before it was known where that is or before it moved.
         """
         slots = [(item, slot) for item in items for slot in item.slots]
         for item, slot in slots:
@@ -56,20 +70,24 @@ class Seats:
                         self._keep_slot(item, slot, strict=strict, remembered=remembered)
         self._claims.expect_no_more()
 
-    def uncrowd(self, items: list[Item]) -> None:
-        """Give guests whose siblings are in use a core of their own, now that there may be room."""
+    def improve(self, items: list[Item]) -> None:
+        """Give guests whose siblings are in use a core of their own, and who are away from their memory pCPUs near it.
+
+        Now that there may be room; for all of it, as half a step forward is only a move.
+        """
         for item in items:
-            crowded = [slot for slot in item.slots if (item.guest.uuid, slot.label) in self._crowded]
-            if not crowded:
+            amiss = [slot for slot in item.slots if (item.guest.uuid, slot.label) in self._crowded]
+            amiss += [slot for slot in self._away(item) if slot not in amiss]
+            if not amiss:
                 continue
             had = self._take_back(item)
-            kept = {slot: place for slot, place in had.items() if slot not in crowded}
+            kept = {slot: place for slot, place in had.items() if slot not in amiss}
             self._give_all(item, kept)
-            for slot in crowded:  # its siblings may have become as they should be where it is
+            for slot in amiss:  # its siblings may have become as they should be where it is
                 if self._usable(item, slot, strict=True, beside=NOBODY) & CpuSet([had[slot][0]]):
                     self._give(item, slot, had[slot][0], strict=True)
             kept = self._places(item)
-            if self._try(item) or self.crowding(item):  # half a step forward is only a move
+            if self._try(item) or self.crowding(item) or self._away(item):
                 self._take_back(item)
                 self._give_all(item, {**had, **kept})
 
@@ -107,14 +125,16 @@ class Seats:
             if not (strict or ours or self._inputs.degrades(item.class_)):
                 continue
             # A foreign thread that comes to where a vCPU runs is an intruder; moving away from each is no steady state.
-            if self._usable(item, slot, strict=strict, beside=NOBODY if ours else None) & place.cpus:
+            beside = NOBODY if ours else None
+            if self._usable(item, slot, strict=strict, beside=beside, away=ours) & place.cpus:
                 self._give(item, slot, place.cpus.first(), strict=strict)
                 return
 
-    def _usable(self, item: Item, slot: Slot, *, strict: bool, beside: str | None = None) -> CpuSet:
+    def _usable(self, item: Item, slot: Slot, *, strict: bool, beside: str | None = None, away: bool = False) -> CpuSet:
         """Return the pCPUs that a guest may take for ``slot``; ``strict``: with the siblings as the pool wants them.
 
-        A vCPU is not put where a cpuset holds a helper of its guest, if there is another pCPU: it could never be FIFO.
+        ``away``: from its memory too, where the pool is strict. A vCPU is not put where a cpuset holds a helper of its
+        guest, if there is another pCPU: it could never be FIFO.
         """
         uuid = item.guest.uuid
         pool, traits = self._inputs.choice(slot)
@@ -122,7 +142,7 @@ class Seats:
         if slot.allowed is not None:
             cpus &= slot.allowed
         near = self._inputs.near(item.guest) if traits.numa is Numa.STRICT else NO_CPUS
-        if near:
+        if near and not away:
             cpus &= near
         if strict:
             cpus = self._claims.alone(cpus, uuid, traits.siblings, beside=beside)
@@ -174,7 +194,7 @@ class Seats:
             if cpus:  # with a former place its siblings may be others'
                 self._give(item, slot, cpus.first(), strict=strict and bool(free))
             elif not slot.pinned:  # one vCPU whose <cputune> cannot be kept takes nothing from the others
-                short = short or self._lack(slot, strict=strict)
+                short = short or self._lack(item, slot, strict=strict)
         groups: dict[tuple[str, bool, bool], list[Slot]] = {}
         for slot in lacking:
             if slot.allowed is None:
@@ -184,13 +204,20 @@ class Seats:
         return short
 
     def _fill_group(self, item: Item, slots: list[Slot], *, strict: bool) -> str:
-        """Give slots of one pool pCPUs that are close to each other."""
+        """Give slots of one pool pCPUs that are close to each other.
+
+        Where a strict pool does not know a guest's nodes, those of one node: its memory will lie where it runs.
+        """
         pool = slots[0].entry.pool
         traits, threads = self._inputs.options(pool), item.guest.traits.threads if item.guest.traits is not None else 1
         siblings = traits.siblings if strict else Siblings.IGNORE
-        free = self._usable(item, slots[0], strict=strict)
+        free, topology = self._usable(item, slots[0], strict=strict), self._inputs.host.topology
+        one_node = traits.numa is Numa.STRICT and not self._inputs.near(item.guest)
+        if one_node:
+            free &= self._nodes_for(item, pool, free, siblings)
+        areas = self._areas(item, pool)
         for count in range(len(slots), 0, -1):
-            chosen = choose(count, free, self._inputs.host.topology, self._areas(item, pool), siblings, threads)
+            chosen = choose(count, free, topology, areas, siblings, threads, one_node=one_node)
             if chosen:
                 break
         else:
@@ -203,8 +230,18 @@ class Seats:
             if former:
                 self._give(item, slot, former.first(), strict=False)
             else:
-                short = short or self._lack(slot, strict=strict)
+                short = short or self._lack(item, slot, strict=strict)
         return short
+
+    def _nodes_for(self, item: Item, pool: str, free: CpuSet, siblings: Siblings) -> CpuSet:
+        """Return the pCPUs of nodes for a guest without memory: those it is on or, at first, with room for it all."""
+        topology = self._inputs.host.topology
+        nodes = topology.nodes_of(CpuSet(cpu for cpu, _ in self._places(item).values()))
+        if not nodes:
+            rooms = free - topology.above(free) if siblings is Siblings.IDLE else free
+            total = sum(slot.entry.pool == pool and slot.allowed is None for slot in item.slots)
+            nodes = CpuSet(node for node, cpus in topology.nodes.items() if len(rooms & cpus) >= total)
+        return topology.of_nodes(nodes) or free
 
     def _areas(self, item: Item, pool: str) -> list[CpuSet]:
         """Return where to look for pCPUs, the best first: close to the guest's others, then to its memory."""
@@ -217,13 +254,15 @@ class Seats:
             found = [area & near for area in found] + [near]
         return [*found, self._inputs.pool(pool)]
 
-    def _lack(self, slot: Slot, *, strict: bool) -> str:
+    def _lack(self, item: Item, slot: Slot, *, strict: bool) -> str:
         """Return what a slot found no room for."""
-        where = f"in '{slot.entry.pool}'"
+        where, options = f"in '{slot.entry.pool}'", self._inputs.options(slot.entry.pool)
         if slot.allowed is not None:
             where = f"among {slot.allowed} of {where[3:]}"
-        core = self._inputs.options(slot.entry.pool).siblings
-        what = "core" if strict and core is not Siblings.IGNORE else "pCPU"
+        if options.numa is Numa.STRICT and len(self._inputs.host.topology.nodes) > 1:
+            near = self._inputs.near(item.guest)
+            where += f" near its memory (NUMA node {item.guest.memory_nodes})" if near else " on one NUMA node"
+        what = "core" if strict and options.siblings is not Siblings.IGNORE else "pCPU"
         pool = self._inputs.pool(slot.entry.pool)
         busy = [f"{cpu} {who}" for cpu, who in self._claims.blocked().items() if cpu in pool]
         held = f" (held by others: {', '.join(busy[:3])}{', …' if len(busy) > 3 else ''})" if busy else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How the pCPUs of a host hang together: cores, last-level caches, NUMA nodes, sockets. Values only.
+"""How the pCPUs of a host hang together: cores, last-level caches, dies, NUMA nodes, sockets. Values only.
 
 Of a pCPU that the kernel tells nothing about (an offline one, say) each set is the pCPU alone.
 """
@@ -15,10 +15,11 @@ from rtpind.core.cpuset import NO_CPUS, CpuSet
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """pCPU → its core's pCPUs (SMT siblings), those of its L3 cache, and its socket's; node → the pCPUs of it."""
+    """pCPU → its core's pCPUs (SMT siblings), those of its L3 cache, its die, its socket; node → the pCPUs of it."""
 
     cores: Mapping[int, CpuSet] = field(default_factory=dict)
     caches: Mapping[int, CpuSet] = field(default_factory=dict)
+    dies: Mapping[int, CpuSet] = field(default_factory=dict)
     sockets: Mapping[int, CpuSet] = field(default_factory=dict)
     nodes: Mapping[int, CpuSet] = field(default_factory=dict)
 
@@ -63,26 +64,43 @@ class Topology:
             found |= self.nodes.get(node, NO_CPUS)
         return found
 
+    def nodes_of(self, cpus: CpuSet) -> CpuSet:
+        """Return the NUMA nodes that some of ``cpus`` are on."""
+        return CpuSet(node for node, of_node in self.nodes.items() if of_node & cpus)
+
     @cached_property
     def domains(self) -> tuple[tuple[CpuSet, ...], ...]:
-        """The host cut into pieces, the smallest kind first: L3 caches, then NUMA nodes, then sockets."""
-        kinds = (self.caches.values(), self.nodes.values(), self.sockets.values())
-        return tuple(tuple(sorted(set(kind), key=lambda cpus: cpus.first())) for kind in kinds if kind)
+        """The host cut into pieces, the smallest kind first; of the same size L3 caches, dies, NUMA nodes, sockets.
+
+        Which is smaller differs: a node may be part of an L3 cache (sub-NUMA clustering) or of a die that is a whole
+        socket (AMD's NPS4). A piece that is one core is none: cores are not filled up before others are begun.
+        """
+        found: list[tuple[CpuSet, ...]] = []
+        for kind in (self.caches, self.dies, self.nodes, self.sockets):
+            parts = {cpus for cpus in kind.values() if cpus and cpus != self.siblings(cpus.first())}
+            pieces = tuple(sorted(parts, key=lambda cpus: cpus.first()))
+            if pieces and pieces not in found:
+                found.append(pieces)
+        return tuple(sorted(found, key=lambda pieces: max(len(cpus) for cpus in pieces)))
 
     @classmethod
-    def built(cls, sockets: int, cores: int, threads: int = 1, *, caches: int = 1) -> Topology:
-        """Return a made-up host: ``cores`` of ``threads`` in each socket, which is a node and has ``caches`` L3s.
+    def built(
+        cls, sockets: int, cores: int, threads: int = 1, *, caches: int = 1, dies: int = 1, nodes: int = 1
+    ) -> Topology:
+        """Return a made-up host: ``cores`` of ``threads`` in each socket, which has so many L3 caches, dies and nodes.
 
         Numbered as the kernel does on x86: first each core's first thread, then the second ones.
         """
         total = sockets * cores
         core_of = {core: CpuSet(core + thread * total for thread in range(threads)) for core in range(total)}
-        made: dict[str, dict[int, CpuSet]] = {"cores": {}, "caches": {}, "sockets": {}}
-        for kind, width in (("cores", 1), ("caches", max(cores // caches, 1)), ("sockets", cores)):
+        made: dict[str, dict[int, CpuSet]] = {}
+        kinds = {"cores": cores, "caches": caches, "dies": dies, "nodes": nodes, "sockets": 1}
+        for kind, number in kinds.items():
+            width = max(cores // number, 1)
             for first in range(0, total, width):
                 cpus = NO_CPUS
                 for core in range(first, first + width):
                     cpus |= core_of[core]
-                made[kind] |= dict.fromkeys(cpus, cpus)
-        nodes = {number: made["sockets"][number * cores] for number in range(sockets)}
-        return cls(cores=made["cores"], caches=made["caches"], sockets=made["sockets"], nodes=nodes)
+                made.setdefault(kind, {}).update(dict.fromkeys(cpus, cpus))
+        numbered = sorted(set(made.pop("nodes").values()), key=lambda cpus: cpus.first())
+        return cls(**made, nodes=dict(enumerate(numbered)))

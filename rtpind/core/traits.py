@@ -22,8 +22,11 @@ _REALTIME = ("fifo", "rr")
 _NUMBER = re.compile(r"[0-9]{1,4}")
 
 
-def parse(xml: str) -> Traits:
-    """Read what ``virDomainGetXMLDesc`` returns for a running domain. Raises ValueError, and nothing else."""
+def parse(xml: str, nodeset: str = "") -> Traits:
+    """Read what ``virDomainGetXMLDesc`` returns for a running domain. Raises ValueError, and nothing else.
+
+    ``nodeset``: of ``virDomainGetNumaParameters``, which also tells what libvirt chose itself (``placement='auto'``).
+    """
     domain = _root(xml)
     realtime = dict(_realtime(domain))
     backing = {child.tag for child in domain.findall("memoryBacking/*")}
@@ -37,7 +40,7 @@ def parse(xml: str) -> Traits:
         threads=_threads(domain),
         pins=dict(_pins(domain)),
         realtime=realtime,
-        nodes=_nodes(domain),
+        nodes=_nodes(domain) or _list(nodeset),
     )
 
 

@@ -91,7 +91,7 @@ def _judge(thread: Thread, guest: GuestDecision, memory: Memory, snapshot: Snaps
     if wanted.holds(thread.now):
         if thread.id in guest.roomless or (guest.state is State.DEGRADED and wanted.withheld):
             return Verdict.NOT_PLACED, guest.reason or wanted.withheld
-        if guest.state is State.CROWDED and wanted.exclusive:
+        if guest.state in (State.CROWDED, State.REMOTE) and wanted.exclusive:
             return Verdict.NOT_PLACED, guest.reason
         return (Verdict.NO_FIFO, wanted.withheld) if wanted.withheld else (Verdict.OK, "")
     hindered = _hindered(thread, guest, wanted, memory, snapshot)

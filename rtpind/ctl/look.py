@@ -43,10 +43,10 @@ def running(observer: Observer, uri: str = URI) -> dict[str, str]:
     if domains is not None:
         # Who a guest is now; if it still is when it is looked at, what libvirt said in between is about it.
         processes = {domain.uuid: observer.process_of(domain.name) for domain in domains}
-        for uuid, traits in describe_once(uri, [domain.uuid for domain in domains]).items():
+        for uuid, told in describe_once(uri, [domain.uuid for domain in domains]).items():
             process = processes[uuid]
             if process is not None:
-                observer.describe(uuid, process, traits)
+                observer.describe(uuid, process, told)
         return {domain.uuid: domain.name for domain in domains}
     found = {}
     for name, pid in pidfile.running().items():

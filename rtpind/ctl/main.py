@@ -54,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
     fits = add("capacity", capacity.capacity, "show how many guests of each size fit under each class", config=True)
     fits.add_argument("--policy", dest="config", type=Path, metavar="FILE", help="the same as --config")
     fits.add_argument(
-        "--shape", type=capacity.shape, metavar="SOCKETSxCORESxTHREADS", help="on such a host, not on this one"
+        "--shape",
+        type=capacity.shape,
+        metavar="SHAPE",
+        help="on such a host, not on this one: SOCKETSxCORESxTHREADS[,l3=N][,dies=N][,nodes=N]",
     )
     fits.add_argument(
         "--isolated",

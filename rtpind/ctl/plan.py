@@ -23,11 +23,11 @@ _MATCHES = {True: "matches", False: "does not match", None: "not known yet: libv
 def plan(options: argparse.Namespace) -> int:
     """Show the steps that the policy asks for, in the order in which they would be taken; change nothing."""
     looked = look(options.config, options.state_dir)
-    if looked.view is None:
+    if looked.view is None or looked.policy is None:
         return _no_policy(options, looked)
     if options.guest_shape is not None:
         return _one_more(options, looked.view, looked)
-    document = report.plan(looked.view.plan, looked.view.snapshot, looked.view.decision)
+    document = report.plan(looked.view.plan, looked.view.snapshot, looked.view.decision, looked.policy)
     if options.json:
         show.as_json(document)
         return 0
@@ -40,6 +40,8 @@ def plan(options: argparse.Namespace) -> int:
     unplaced = [guest for guest in document["guests"] if guest["reason"] and guest["state"] != "unmanaged"]
     for guest in unplaced:
         show.line(f"{guest['name']}: {guest['state']}: {guest['reason']}")
+    for cpus, who in show.blocked(document["blocked"]):
+        show.line(f"{cpus} not given out: {who}")
     if not rows:
         show.line("nothing to do: every managed thread is where the policy wants it")
     return 0
@@ -91,6 +93,10 @@ def explain(options: argparse.Namespace) -> int:
         show.line(f"  line {rule['line']}: {rule['rule']}: {_MATCHES[rule['matches']]}")
     if not any(rule["matches"] is not False for rule in document["considered"]):
         show.line("  no rule matches: unmanaged")
+    memory = document["memory"]
+    if memory["nodes"]:
+        away = ", ".join(memory["away"]) or "none"
+        show.line(f"  memory: NUMA node {memory['nodes']}, pCPU {memory['cpus'] or 'none'}; away from it: {away}")
     for pool in document["pools"]:
         taken = ", ".join(f"{cpu} by {who}" for cpu, who in pool["taken"].items()) or "none"
         blocked = "".join(f"; {cpu} blocked by {who}" for cpu, who in pool["blocked"].items())

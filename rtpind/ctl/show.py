@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rtpind.core.cpuset import CpuSet
+
 _WIDTH = 100
 _STYLES = {"ok": "green", "unmanaged": "dim", "released": "dim", "pending": "yellow", "paused": "yellow"}
 
@@ -70,6 +72,14 @@ def _print(out: Console, what: Table | Text) -> None:
 def verdict(word: str | None) -> Text:
     """Return a verdict in its colour."""
     return Text(word or "", style=_STYLES.get(word or "", "red" if word else ""))
+
+
+def blocked(found: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return (pCPUs, because of whom) of those that are not given out."""
+    grouped: dict[str, list[int]] = {}
+    for cpu, who in found.items():
+        grouped.setdefault(who, []).append(int(cpu))
+    return [(f"pCPU {CpuSet(cpus)}", who) for who, cpus in grouped.items()]
 
 
 def error(text: str) -> None:

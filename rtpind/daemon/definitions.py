@@ -55,9 +55,9 @@ class Definitions:
         if item.traits is not None:
             return self._reconciler.observer.describe(item.uuid, item.process, item.traits)
         if self._untold.get(item.uuid) != item:
-            text = f"{name}: libvirt does not tell its definition ({item.trouble}); "
-            text += "rules and classes that ask for it leave the guest alone"
+            what = "its definition cannot be read" if item.unreadable else "libvirt does not tell its definition"
+            text = f"{name}: {what} ({item.trouble}); rules and classes that ask for it leave the guest alone"
             fields = {"GUEST": name, "GUEST_UUID": item.uuid, "CAUSE": item.trouble}
             self._reconciler.emit(Record(Kind.LIBVIRT, text, Level.WARNING, fields))
         self._untold[item.uuid] = item
-        return False
+        return item.unreadable and self._reconciler.observer.describe(item.uuid, item.process, item.trouble)

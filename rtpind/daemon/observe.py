@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from rtpind.core.commandline import bound_nodes
 from rtpind.core.cpuset import NO_CPUS, CpuSet
 from rtpind.core.identify import identify
 from rtpind.core.ledger import Process
@@ -33,7 +34,8 @@ class Observer:
         self.foreign = Foreign(self.proc)
         self._run_dir = run_dir
         self._last: dict[str, Guest] = {}
-        self._traits: dict[str, tuple[Process, Traits]] = {}
+        self._told: dict[str, tuple[Process, Traits | str]] = {}
+        self._bound: dict[str, tuple[Process, CpuSet]] = {}  # what QEMU's command line says, which stays the same
         self._scanned = float("-inf")
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
@@ -56,7 +58,8 @@ class Observer:
             if guest is not None:
                 found[uuid] = last if last == guest else guest  # the same object tells: nothing to decide
         self._last = found
-        self._traits = {uuid: entry for uuid, entry in self._traits.items() if uuid in domains}
+        self._told = {uuid: entry for uuid, entry in self._told.items() if uuid in domains}
+        self._bound = {uuid: entry for uuid, entry in self._bound.items() if uuid in domains}
         ours = {thread.id.tid for guest in found.values() for thread in guest.threads}
         ours |= {guest.pid for guest in found.values()}
         host = replace(host, busy=self.foreign.busy(host, ours, anew=only is None))
@@ -71,14 +74,17 @@ class Observer:
         except OSError:
             return None
 
-    def describe(self, uuid: str, process: Process, traits: Traits) -> bool:
+    def describe(self, uuid: str, process: Process, told: Traits | str) -> bool:
         """Take what libvirt tells of a guest while it is that process; return whether it is news.
 
-        Only for that process: the next one of the same UUID may be started from another definition.
+        Only for that process: the next one of the same UUID may be started from another definition. A text is why
+        that cannot be read; what was read before stands.
         """
-        news = self._traits.get(uuid) != (process, traits)
-        self._traits[uuid] = (process, traits)
-        return news
+        before, had = self._told.get(uuid, (None, None))
+        if before == process and (had == told or (isinstance(had, Traits) and isinstance(told, str))):
+            return False
+        self._told[uuid] = (process, told)
+        return True
 
     def host(self) -> Host:
         """Return the host's facts alone."""
@@ -86,14 +92,28 @@ class Observer:
         return self.facts.read()
 
     def _nodes(self, guest: Guest, *, anew: bool) -> CpuSet:
-        """Return the NUMA nodes of a guest's memory. Read in looks at everything: the quick ones have no time for it.
+        """Return the NUMA nodes of a guest's memory: where QEMU binds it to, else where it lies.
 
-        Where the guest has huge pages nothing is known: its cgroup counts only the rest, which is QEMU's own.
+        The latter is read in looks at everything, as the quick ones have no time for it. Where the guest has huge
+        pages nothing is known of it: its cgroup counts only the rest, which is QEMU's own.
         """
+        bound = self._bound_nodes(guest)
+        if bound:
+            return bound
         if not anew:
             last = self._last.get(guest.uuid)
             return last.nodes if last is not None and last.process == guest.process else NO_CPUS
         return NO_CPUS if self.proc.has_hugetlb(guest.pid) else self.cgroups.nodes(guest.pid)
+
+    def _bound_nodes(self, guest: Guest) -> CpuSet:
+        """Return the nodes that QEMU's command line binds memory to. Before its vCPUs begin it may not be QEMU yet."""
+        if guest.starting:
+            return NO_CPUS
+        process, nodes = self._bound.get(guest.uuid, (None, NO_CPUS))
+        if process != guest.process:
+            nodes = bound_nodes(self.proc.cmdline(guest.pid))
+            self._bound[guest.uuid] = (guest.process, nodes)
+        return nodes
 
     def _guest(self, uuid: str, name: str, memory: Memory, uptime: float) -> Guest | None:
         pid = pidfile.pid_of(name, self._run_dir)
@@ -109,9 +129,9 @@ class Observer:
             incumbents=memory.incumbents,
             doubtful=memory.doubtful,
         )
-        described = self._traits.get(uuid)
-        if described is not None and described[0] == guest.process:
-            guest = replace(guest, traits=described[1])
+        process, told = self._told.get(uuid, (None, None))
+        if process == guest.process:
+            guest = replace(guest, unreadable=told) if isinstance(told, str) else replace(guest, traits=told)
         if not any(thread.id in memory.refused for thread in guest.threads):
             return guest
         threads = tuple(

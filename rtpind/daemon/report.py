@@ -71,6 +71,13 @@ def _pools(host: Host, policy: Policy | None) -> tuple[CpuSet, CpuSet]:
     return floats - owned, owned
 
 
+def blocked(host: Host, policy: Policy | None, decision: Decision | None) -> dict[str, str]:
+    """Return pCPU → why it is not given out, of those that could be: whose thread is narrowed to it."""
+    _, exclusive = _pools(host, policy)
+    found = {cpu: f"busy: {who}" for cpu, who in sorted(host.busy.items())} if decision is None else decision.blocked
+    return {str(cpu): who for cpu, who in found.items() if cpu in exclusive}
+
+
 def status(
     snapshot: Snapshot,
     *,
@@ -105,6 +112,7 @@ def status(
             "kernel": snapshot.host.kernel,
             "online": str(snapshot.host.online),
             "facts": facts(snapshot.host, policy, others),
+            "blocked": blocked(snapshot.host, policy, decision),
         },
         "guests": guests,
     }
@@ -146,7 +154,7 @@ def not_ok(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the managed threads of a status document that are not ``ok``, with their guest's name."""
     found = []
     for guest in document["guests"]:
-        managed = guest["state"] in ("placed", "crowded", "degraded", "left", "refused")
+        managed = guest["state"] in ("placed", "crowded", "remote", "degraded", "left", "refused")
         found += [
             {"guest": guest["name"], **thread}
             for thread in guest["threads"]
@@ -155,7 +163,7 @@ def not_ok(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def plan(plan: Plan, snapshot: Snapshot, decision: Decision) -> dict[str, Any]:
+def plan(plan: Plan, snapshot: Snapshot, decision: Decision, policy: Policy) -> dict[str, Any]:
     """Return the document of ``rtpinctl plan``: the steps in their order, and the guests."""
     names = {guest.uuid: guest.name for guest in snapshot.guests}
     return {
@@ -177,13 +185,15 @@ def plan(plan: Plan, snapshot: Snapshot, decision: Decision) -> dict[str, Any]:
             for step in plan.steps
         ],
         "guests": [_guest(guest.guest, guest) for guest in decision.guests],
+        "blocked": blocked(snapshot.host, policy, decision),
     }
 
 
-def capacity(rows: Iterable[Row]) -> dict[str, Any]:
+def capacity(rows: Iterable[Row], blocked: Mapping[str, str]) -> dict[str, Any]:
     """Return the document of ``rtpinctl capacity``: a row for each class and number of vCPUs."""
     return {
         "version": VERSION,
+        "blocked": dict(blocked),
         "rows": [
             {
                 "class": row.class_name,
@@ -192,9 +202,14 @@ def capacity(rows: Iterable[Row]) -> dict[str, Any]:
                 "realtime_vcpus": row.realtime_vcpus,
                 "limited_by": row.limited_by,
             }
+            | ({} if row.running is None else _running(row))
             for row in rows
         ],
     }
+
+
+def _running(row: Row) -> dict[str, Any]:
+    return {"running": row.running, "running_realtime_vcpus": row.running_realtime}
 
 
 def one_more(guest: Guest, decision: Decision) -> dict[str, Any]:
@@ -222,6 +237,12 @@ def explain(guest: GuestDecision, decision: Decision, policy: Policy, snapshot: 
     host = snapshot.host
     class_ = policy.classes.get(guest.class_name)
     names = {entry.guest.uuid: entry.guest.name for entry in decision.guests}
+    near = host.topology.of_nodes(guest.guest.memory_nodes)
+    away = [
+        thread.label
+        for thread in sorted(guest.guest.threads, key=_display)
+        if near and thread.id in guest.wanted and not guest.wanted[thread.id].cpus <= near
+    ]
     taken = {
         str(cpu): names.get(owner.partition(": ")[0], "?") + ": " + owner.partition(": ")[2]
         for cpu, owner in decision.owners.items()
@@ -234,6 +255,7 @@ def explain(guest: GuestDecision, decision: Decision, policy: Policy, snapshot: 
             {"rule": str(rule), "line": rule.line, "matches": rule.matches(guest.guest)}
             for rule in _until(policy.rules, guest.guest)
         ],
+        "memory": {"nodes": str(guest.guest.memory_nodes), "cpus": str(near), "away": list(dict.fromkeys(away))},
         "pools": [
             {
                 "pool": name,

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rtpind.core.ledger import Process
 from rtpind.core.model import Traits
@@ -21,14 +22,33 @@ from rtpind.core.traits import parse
 _BACKOFF_S = (5.0, 15.0, 60.0, 300.0)
 
 
+class Definition(NamedTuple):
+    """What libvirt says of a domain: its live XML, and the nodes that its memory is bound to ("" for none)."""
+
+    xml: str
+    nodeset: str = ""
+
+
+def read(definition: Definition) -> Traits | str:
+    """Return a definition's traits, or why it cannot be read."""
+    try:
+        return parse(*definition)
+    except ValueError as error:
+        return str(error)
+
+
 @dataclass(frozen=True, slots=True)
 class Described:
-    """The answer about one guest, of whom ``process`` is what was asked with. Without traits: what the trouble is."""
+    """The answer about one guest, of whom ``process`` is what was asked with. Without traits: what the trouble is.
+
+    ``unreadable``: libvirt has told, and would tell the same again; else it is asked again.
+    """
 
     uuid: str
     process: Process
     traits: Traits | None
     trouble: str = ""
+    unreadable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +63,11 @@ class _Wish:
 
 
 class Details:
-    """A queue of wishes, by UUID. ``fetch`` returns a domain's XML, None when there is none; it may take its time."""
+    """A queue of wishes, by UUID. ``fetch`` returns a definition, None when there is none; it may take its time."""
 
     def __init__(
         self,
-        fetch: Callable[[str], str | None],
+        fetch: Callable[[str], Definition | None],
         post: Callable[[Described], None],
         *,
         backoff_s: tuple[float, ...] = _BACKOFF_S,
@@ -96,19 +116,19 @@ class Details:
 
     def _fulfil(self, uuid: str, wish: _Wish) -> None:
         try:
-            xml = self._fetch(uuid)
+            told = self._fetch(uuid)
         except Exception as error:  # whatever it is: without this thread rtpind would never hear of any guest again
             if wish.failures == 0:
                 self._post(Described(uuid, wish.process, None, str(error)))
             self._retry(uuid, wish)
             return
-        if xml is None:
+        if told is None:
             return
-        try:
-            traits, trouble = parse(xml), ""
-        except ValueError as error:  # the same text would say the same again
-            traits, trouble = None, str(error)
-        self._post(Described(uuid, wish.process, traits, trouble))
+        traits = read(told)
+        if isinstance(traits, str):
+            self._post(Described(uuid, wish.process, None, traits, unreadable=True))
+        else:
+            self._post(Described(uuid, wish.process, traits))
 
     def _retry(self, uuid: str, wish: _Wish) -> None:
         pause = self._backoff_s[min(wish.failures, len(self._backoff_s) - 1)]

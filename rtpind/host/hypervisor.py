@@ -19,15 +19,12 @@ import libvirt
 
 from rtpind.core.ledger import Process
 from rtpind.core.model import Traits
-from rtpind.core.traits import parse
-from rtpind.host.details import Described, Details
+from rtpind.host.details import Definition, Described, Details, read
 
 #: Back-off between two attempts to connect. A prompt retry would start a socket-activated daemon in an upgrade.
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: Ping every 5 s, give up after 3 without an answer: notices a daemon that hangs.
 _KEEPALIVE = (5, 3)
-
-
 #: What a :class:`Changed` says when nothing but the definition has changed.
 METADATA = "metadata"
 
@@ -80,7 +77,7 @@ class Hypervisor:
         self._conn: libvirt.virConnect | None = None
         self._callbacks: list[int] = []
         self._timer = -1
-        self._details = Details(self._xml, post)
+        self._details = Details(self._definition, post)
 
     def start(self) -> None:
         """Start all threads; returns at once."""
@@ -177,13 +174,13 @@ class Hypervisor:
         found = self._conn.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         self._post(Listed(tuple(sorted((_domain(dom) for dom in found), key=lambda dom: dom.uuid)), fresh))
 
-    def _xml(self, uuid: str) -> str | None:
-        """Return the live XML of a domain; None when there is none, or nobody to ask. Raises libvirtError."""
+    def _definition(self, uuid: str) -> Definition | None:
+        """Return how a domain is defined; None when there is none, or nobody to ask. Raises libvirtError."""
         conn = self._conn
         if conn is None:
             return None
         try:
-            return conn.lookupByUUIDString(uuid).XMLDesc(0)
+            return _definition(conn.lookupByUUIDString(uuid))
         except libvirt.libvirtError as error:
             # After a loss of the connection everything is asked for anew.
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN or conn is not self._conn or not conn.isAlive():
@@ -244,9 +241,7 @@ def _cure(error: Exception) -> str:
         case libvirt.VIR_FROM_POLKIT:
             return "polkit's rules forbid it: allow org.libvirt.unix.monitor to rtpind's user, see rtpind(8)"
     if error.get_int1() == errno.EACCES:
-        return (
-            "libvirt's read-only socket is closed to rtpind's user: see unix_sock_ro_perms, or the unit's SocketMode="
-        )
+        return "libvirt's read-only socket is closed to rtpind: see unix_sock_ro_perms, or the unit's SocketMode="
     return ""
 
 
@@ -255,37 +250,51 @@ def _domain(dom: libvirt.virDomain) -> Domain:
     return Domain(dom.UUIDString(), dom.name())
 
 
+def _definition(domain: libvirt.virDomain) -> Definition:
+    """Return how a domain is defined. Raises libvirtError.
+
+    Readers may ask both. libvirt tells the NUMA parameters from what it keeps: without a job, and without QEMU.
+    """
+    xml, nodeset = domain.XMLDesc(0), ""
+    with contextlib.suppress(libvirt.libvirtError):
+        nodeset = str(domain.numaParameters(0).get(libvirt.VIR_DOMAIN_NUMA_NODESET) or "")
+    return Definition(xml, nodeset)
+
+
 def list_once(uri: str, timeout_s: float = 5.0) -> tuple[Domain, ...] | None:
     """Return the running domains, for a command; None when libvirt does not answer in time."""
     found: list[tuple[Domain, ...]] = []
 
-    def ask() -> None:
-        libvirt.registerErrorHandler(lambda *_: None, None)
-        with contextlib.suppress(libvirt.libvirtError):
-            conn = libvirt.openReadOnly(uri)
-            found.append(tuple(_domain(dom) for dom in conn.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)))
-            conn.close()
+    def ask(conn: libvirt.virConnect) -> None:
+        found.append(tuple(_domain(dom) for dom in conn.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)))
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
+    _in_time(uri, ask, timeout_s)
     return found[0] if found else None
 
 
-def describe_once(uri: str, uuids: Collection[str], timeout_s: float = 5.0) -> dict[str, Traits]:
-    """Return the traits of those domains whose definition libvirt tells in time, for a command."""
-    found: dict[str, Traits] = {}
+def describe_once(uri: str, uuids: Collection[str], timeout_s: float = 5.0) -> dict[str, Traits | str]:
+    """Return the traits of those domains whose definition libvirt tells in time, or why they cannot be read."""
+    found: dict[str, Traits | str] = {}
 
-    def ask() -> None:
+    def ask(conn: libvirt.virConnect) -> None:
+        for uuid in uuids:
+            with contextlib.suppress(libvirt.libvirtError):
+                found[uuid] = read(_definition(conn.lookupByUUIDString(uuid)))
+
+    _in_time(uri, ask, timeout_s)
+    return dict(found)
+
+
+def _in_time(uri: str, ask: Callable[[libvirt.virConnect], None], timeout_s: float) -> None:
+    """Ask something over a connection of its own, and wait for no longer than that."""
+
+    def run() -> None:
         libvirt.registerErrorHandler(lambda *_: None, None)
         with contextlib.suppress(libvirt.libvirtError):
             conn = libvirt.openReadOnly(uri)
-            for uuid in uuids:
-                with contextlib.suppress(libvirt.libvirtError, ValueError):
-                    found[uuid] = parse(conn.lookupByUUIDString(uuid).XMLDesc(0))
+            ask(conn)
             conn.close()
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(timeout_s)
-    return dict(found)

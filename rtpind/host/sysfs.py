@@ -78,6 +78,7 @@ class HostFacts:
             made = Topology(
                 cores=self._groups(online, "topology/thread_siblings_list"),
                 caches=self._groups(online, "cache/index3/shared_cpu_list"),
+                dies=self._groups(online, "topology/die_cpus_list"),
                 sockets=self._groups(online, "topology/package_cpus_list"),
                 nodes={node: self._cpus(f"{_NODES}/node{node}/cpulist") for node in self._cpus(f"{_NODES}/online")},
             )

@@ -24,6 +24,8 @@ unhurried = settings(deadline=None)
 FLAT = Topology.built(1, 8)
 SERVER = Topology.built(2, 8, 2)  # two sockets, eight cores each, two threads
 MANY_CACHES = Topology.built(1, 32, 2, caches=8)  # as AMD's
+DIES = Topology.built(1, 16, caches=4, dies=2)
+QUARTERS = Topology.built(1, 32, caches=8, nodes=4)  # AMD with four nodes per socket
 HOLES = Topology.built(4, 128, 2)  # 1024 pCPUs
 
 
@@ -43,10 +45,13 @@ def chosen(count, free, topology=FLAT, siblings=Siblings.IGNORE, threads=1):
         (2, "0-3,33,4-7", MANY_CACHES, [4, 5]),  # 0-3 and 33 are one cache: 4-7 is fuller
         (5, "4-11", MANY_CACHES, [4, 5, 6, 7, 8]),  # no cache is enough
         (3, "0-99,200-1000:1/2", HOLES, [200, 202, 204]),
+        (4, "1-15", DIES, [4, 5, 6, 7]),  # one L3 cache
+        (6, "3-15", DIES, [8, 9, 10, 11, 12, 13]),  # no cache is enough, and one die is
+        (6, "3-31", QUARTERS, [8, 9, 10, 11, 12, 13]),  # the die is the socket: its nodes are closer
     ],
 )
 def test_the_smallest_and_fullest_part_with_room_is_taken(count, free, topology, expected):
-    """L3 cache before node before socket, best fit, lowest pCPU; on small, large and odd hosts."""
+    """L3 cache before die before node before socket, best fit, lowest pCPU; on small, large and odd hosts."""
     assert chosen(count, free, topology) == expected
 
 

@@ -102,6 +102,26 @@ def test_guests_that_run_take_room():
     assert row.guests == 2
 
 
+def test_what_is_there_is_counted_too():
+    """Who has its places, by class and size, with its FIFO vCPUs; sizes that nobody asked for have rows too."""
+    on = host()
+    text = SCHEMES.replace("HOUSEKEEPING", '"0-1"').replace("REALTIME", '"2-7"')
+    by = policy(text + 'guests: [{name: "*", class: shared-pool}]\nwhen_full: degrade\n', on)
+    running = snapshot(
+        guest(vcpus=2), guest("two", pid=2000, start=600, vcpus=3), guest("no room", pid=3000, start=700, vcpus=2),
+        guest("starting", pid=4000, start=800, vcpus=0, young=True), host=on,
+    )  # fmt: skip
+    there = place(by, running, Memory(), Ledger())
+
+    found = list(table(by, [1, 2], running, Memory(), Ledger(), there=there))
+
+    assert {(row.class_name, row.vcpus): (row.running, row.running_realtime) for row in found} == {
+        **{(name, size): (0, 0) for name in ("emulator-on-vcpu0", "emulator-own-pcpu") for size in (1, 2)},
+        ("shared-pool", 1): (0, 0), ("shared-pool", 2): (1, 2), ("shared-pool", 3): (1, 3),
+    }  # fmt: skip
+    assert {row.running for row in table(by, [1], running, Memory(), Ledger())} == {None}
+
+
 def test_a_whole_core_for_each_guest_halves_what_fits():
     """Siblings that are kept idle are room that is not there."""
     on = made_up_host(1, 4, 2)

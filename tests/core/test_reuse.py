@@ -54,7 +54,7 @@ when_full: {random.choice(["degrade", "leave"])}
 
 EVENTS = [
     *["come"] * 6,
-    *["go", "drift", "plug", "settle", "told", "again", "refuse"] * 2,
+    *["go", "drift", "plug", "memory", "settle", "told", "again", "refuse"] * 2,
     *["policy", "hands", "forget", "remember"],
 ]
 
@@ -134,6 +134,8 @@ class Host:
             )  # fmt: skip
             if new.id not in {each.id for each in chosen.threads}:
                 self.guests[number] = replace(chosen, threads=(*chosen.threads, new))
+        elif what == "memory":
+            self.guests[number] = replace(chosen, nodes=CpuSet([self.random.randrange(2)]))
         elif what == "settle":
             self.change(one, settled=True)
             self.guests[number] = replace(self.guests[number], young=False)
@@ -189,3 +191,19 @@ def test_decisions_are_taken_over_and_are_made_anew() -> None:
     seen = sum((live(Random(seed)) for seed in range(40)), Counter[bool]())
     assert seen[True] > 20
     assert seen[False] > 20
+
+
+def test_a_guest_that_comes_with_a_refusal_has_all_decided_anew() -> None:
+    """What is remembered of its threads narrows it to where they are, and others off that."""
+    policy, first, second = any_policy(Random(1)), guest("a1", pid=1000), guest("a2", pid=2000)
+    before = place(policy, Snapshot(host=HOSTS[0], guests=(first,)), Memory(), Ledger())
+    vcpu = second.threads[1]
+    wanted = place(policy, Snapshot(host=HOSTS[0], guests=(second,)), Memory(), Ledger()).wanted()[vcpu.id]
+    refusal = Refusal(wanted, vcpu.now, None, conditions(HOSTS[0]), affinity=True, text="refused")
+    memory = Memory(places=before.wanted(), refused={vcpu.id: (refusal,)})
+    snapshot = Snapshot(host=HOSTS[0], guests=(first, second))
+
+    decision = place(policy, snapshot, memory, Ledger(), before=before)
+
+    assert decision == place(policy, snapshot, memory, Ledger())
+    assert not any(found is before.guests[0] for found in decision.guests)

@@ -232,8 +232,10 @@ def test_promises_hold_for_cputune_too(pin, place):
 
 def test_a_helper_can_share_with_a_pinned_vcpu():
     """The pCPU of a vCPU that <cputune> pins can be joined."""
-    by = policy("c: {vcpu: {from: cputune}, emulator: {share_with: {vcpu: 0}}}")
+    text = "{vcpu: {from: cputune}, emulator: {share_with: {vcpu: 0}}}"
+    by, warned = load(f'version: 1\nclasses: {{c: {text}}}\nguests: [{{name: "*", class: c}}]', HOST)
 
+    assert [problem.warning for problem in warned] == [True]  # where the XML makes that vCPU FIFO
     assert where(decide(by, guest(traits=XML, iothreads=0)))["emulator"] == "4"
 
 
@@ -284,6 +286,25 @@ def test_rules_match_what_libvirt_knows(keys, matches):
     decided = decide(by, guest(traits=traits)).guests[0]
 
     assert decided.state is (State.PLACED if matches else State.UNMANAGED)
+
+
+def test_a_definition_that_cannot_be_read_is_not_waited_for():
+    """What asks for it leaves the guest as it is, and says so; what goes by the name alone places it."""
+    rules = '{flavor: "x", class: c}\n  - {name: "*", class: by-name}'
+    by = policy("by-name: {vcpu: {pool: realtime, exclusive: thread}}\n  c: {vcpu: {from: cputune}}", rules=rules)
+    one = guest(unreadable="not XML")
+    reason = "its definition, which this rule or class asks for, cannot be read: not XML"
+
+    refused = decide(by, one)
+
+    assert state(refused) == (State.REFUSED, reason)
+    assert where(refused) == {}
+    judged = judge(find(one, "vcpu 0"), refused.guests[0], refused, Memory(), snapshot(one))
+    assert judged == (Verdict.NOT_PLACED, reason)
+    assert where(decide(factories.policy(), one))["vcpu 0"] == "2 fifo:1"
+    assert state(decide(policy("c: {vcpu: {from: cputune}}"), one)) == (State.REFUSED, reason)
+    starting = replace(one, young=True, threads=one.threads[:1])
+    assert state(decide(by, starting))[0] is State.PLACED
 
 
 def test_a_rule_that_may_match_is_waited_for():
@@ -504,7 +525,97 @@ def test_preferred_goes_elsewhere_when_its_node_is_full_and_strict_does_not():
 
     assert state(decide(smt(numa="preferred"), large, on=host(**BIG)))[0] is State.PLACED
     full = state(decide(smt(numa="strict"), large, on=host(**BIG)))
-    assert full == (State.DEGRADED, "no free pCPU in 'realtime' for vcpu 8")
+    assert full == (State.DEGRADED, "no free pCPU in 'realtime' near its memory (NUMA node 1) for vcpu 8")
+
+
+def test_a_strict_pool_serves_who_has_no_memory_yet_from_one_node():
+    """Its memory will lie where it runs. Who needs more waits until it lies on both."""
+    by, on = smt(numa="strict"), host(**BIG)
+    first = guest("a", vcpus=3, start=400)
+
+    assert vcpus_of(decide(by, first, guest("b", pid=2000, vcpus=5), on=on), "b") == ["4", "5", "6", "7", "12"]
+    large = guest("a", vcpus=9)
+    short = decide(by, large, on=on)
+    assert state(short, "a") == (State.DEGRADED, "no free pCPU in 'realtime' on one NUMA node for vcpu 8")
+    assert state(decide(by, replace(large, nodes=cpus("0-1")), on=on), "a")[0] is State.PLACED
+
+
+def test_a_guest_without_memory_goes_where_all_of_it_has_room():
+    """Not to the fullest node that takes its vCPUs, where its emulator would find no pCPU."""
+    on = host(**BIG)
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}, emulator: {pool: realtime, exclusive: guest}}",
+        pools='realtime: {cpus: "1-7,9-15", numa: strict}',
+        on=on,
+    )
+
+    decision = decide(by, guest(vcpus=6), on=on)
+
+    assert state(decision) == (State.PLACED, "")
+    assert vcpus_of(decision) == ["4", "5", "6", "7", "12", "13"]
+    assert where(decision)["emulator"] == "14"
+
+
+def test_a_vcpu_plugged_into_a_guest_without_memory_joins_its_node():
+    """Where that has no room, it stays with the helpers; the others keep their places."""
+    by, on = smt(numa="strict"), host(**BIG)
+    memory = Memory(places=decide(by, guest(vcpus=7), on=on).wanted())
+
+    grown = decide(by, guest(vcpus=9), on=on, memory=memory)
+
+    assert vcpus_of(grown) == ["4", "5", "6", "7", "12", "13", "14", "15", "0,8"]
+    assert grown.guests[0].roomless == {find(guest(vcpus=9), "vcpu 8").id}
+
+
+@pytest.mark.parametrize("siblings", ["ignore", "idle"])
+@pytest.mark.parametrize("when_full", ["degrade", "leave"])
+def test_a_guest_away_from_its_memory_is_said_and_follows_it_as_a_whole(siblings, when_full):
+    """It keeps its places until all of it fits near its memory; then it goes there, and what it had is free."""
+    by, on = smt(siblings, numa="strict", when_full=when_full), host(**BIG)
+    first, other = guest("a", vcpus=2, start=400), guest("b", pid=2000, vcpus=3, nodes=cpus("1"))
+    before = decide(by, first, other, on=on)
+    memory = Memory(places=before.wanted())
+    assert (vcpus_of(before, "a"), state(before, "a")) == (["1", "2"], (State.PLACED, ""))
+
+    first = replace(first, nodes=cpus("1"))
+    seen = applied(snapshot(first, other, host=on), before)
+    if siblings == "ignore":  # without it there would be room
+        other = guest("b", pid=2000, vcpus=7, nodes=cpus("1"))
+        memory = Memory(places=decide(by, guest("a", vcpus=2, start=400), other, on=on).wanted())
+        seen = applied(snapshot(first, other, host=on), decide(by, first, other, on=on, memory=memory))
+    kept = place(by, seen, memory, Ledger())
+
+    reason = "away from its memory (NUMA node 1): vcpu 0, vcpu 1; 'realtime' has no room for all of it there"
+    assert (vcpus_of(kept, "a"), state(kept, "a")) == (["1", "2"], (State.REMOTE, reason))
+    found = kept.guests[0]
+    assert judge(find(found.guest, "vcpu 0"), found, kept, memory, seen) == (Verdict.NOT_PLACED, reason)
+    assert judge(find(found.guest, "emulator"), found, kept, memory, seen)[0] is Verdict.OK
+
+    alone = place(by, replace(seen, guests=seen.guests[:1]), memory, Ledger())
+    assert (vcpus_of(alone, "a"), state(alone, "a")) == (["4", "5"], (State.PLACED, ""))
+
+
+def test_a_guest_away_from_its_memory_loses_its_place_to_nobody():
+    """Nor after a restart, when only the ledger tells that rtpind put it there; who was put there by hand moves."""
+    by, on = smt(numa="strict"), host(**BIG)
+    one = put(guest("a", vcpus=1, nodes=cpus("1")), {"vcpu 0": "1"})
+    older = guest("b", pid=2000, start=1, vcpus=6, nodes=cpus("0"))
+    there = {f"vcpu {number}": str(cpu) for number, cpu in enumerate(cpus("4-7,12-15"))}
+    filler = put(guest("c", pid=3000, start=2, vcpus=8, nodes=cpus("1")), there)
+    ours = Ledger().recording(one.threads)
+
+    kept = decide(by, one, older, filler, on=on, ledger=ours)
+    assert (vcpus_of(kept, "a"), state(kept, "a")[0]) == (["1"], State.REMOTE)
+    assert state(kept, "b")[0] is State.DEGRADED
+    by_hand = decide(by, one, older, filler, on=on)
+    assert (state(by_hand, "a")[0], state(by_hand, "b")[0]) == (State.DEGRADED, State.PLACED)
+
+
+def test_a_guest_whose_memory_is_on_a_node_without_pcpus_is_near_none():
+    """It is as if nothing were known."""
+    one = guest(nodes=cpus("5"))
+
+    assert state(decide(smt(numa="strict"), one, on=host(**BIG))) == (State.PLACED, "")
 
 
 def test_a_strict_pool_serves_helpers_from_the_guests_own_node():

@@ -220,6 +220,20 @@ def test_what_makes_no_sense_is_one_error(text: str) -> None:
     assert len(str(raised.value)) < 200
 
 
+@pytest.mark.parametrize(
+    ("numatune", "nodeset", "nodes"),
+    [
+        ("", "", ""),
+        ("<numatune><memory mode='strict' placement='auto'/></numatune>", "1", "1"),
+        ("<numatune><memory mode='strict' nodeset='0'/></numatune>", "0", "0"),
+        ("<numatune><memnode cellid='0' mode='strict' nodeset='3'/></numatune>", "0-3", "3"),
+    ],
+)
+def test_the_nodes_that_libvirt_chose_stand_in_for_those_of_the_xml(numatune: str, nodeset: str, nodes: str) -> None:
+    """With placement='auto' the XML names none; where it does, it says more than the parameters: nodes of cells too."""
+    assert str(parse(f"<domain>{numatune}</domain>", nodeset).nodes) == nodes
+
+
 def test_deep_nesting_is_no_fault() -> None:
     """A hundred thousand brackets are passed over."""
     assert domain("<a>" * 100_000 + "</a>" * 100_000) == Traits()

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``rtpinctl capacity`` and ``plan --guest-shape``: what fits, on this host and on others."""
 
+import factories
 import pytest
+
+from rtpind.ctl import show
+from rtpind.daemon import report
 
 SCHEMES = """\
 version: 1
@@ -52,12 +56,45 @@ def test_what_fits_on_this_host(run_json, tmp_path):
     )
     path.chmod(0o644)
 
-    for words in ([], ["--running"]):
-        code, document, _ = run_json("capacity", "capacity", "--config", path, "--vcpus", "1,2", *words)
+    for schema, *words in (("capacity",), ("capacity-running", "--running")):
+        code, document, _ = run_json(schema, "capacity", "--config", path, "--vcpus", "1,2", *words)
         assert code == 0
         assert [row["vcpus"] for row in document["rows"]] == [1, 2]
         assert document["rows"][1]["guests"] == 0
+    assert [(row["running"], row["running_realtime_vcpus"]) for row in document["rows"]] == [(0, 0)] * 2
     assert document["rows"][0]["guests"] in (0, 1)  # somebody may be pinned there
+
+
+def test_what_runs_is_shown_beside_what_fits(run, policy):
+    """For people: what is there, and how many more."""
+    code, out, _ = run("capacity", "--config", policy, "--vcpus", "1", "--running")
+
+    assert code == 0
+    assert "running realtime more guests realtime vCPUs" in " ".join(out.splitlines()[0].split())
+    assert out.splitlines()[1].split(None, 4)[:5] == ["calm", "1", "0", "0", out.splitlines()[1].split(None, 4)[4]]
+
+
+def test_what_is_not_given_out_is_shown_once_for_whom():
+    """Whose threads are narrowed to it, and all the pCPUs of them; without a policy what is isolated counts."""
+    busy = {2: "ptp4l (812)", 4: "dpdk (99)", 5: "dpdk (99)", 0: "cron (1)"}
+    document = report.blocked(factories.host(busy=busy), None, None)
+
+    assert document == {"2": "busy: ptp4l (812)", "4": "busy: dpdk (99)", "5": "busy: dpdk (99)"}
+    assert show.blocked(document) == [("pCPU 2", "busy: ptp4l (812)"), ("pCPU 4-5", "busy: dpdk (99)")]
+
+
+def test_parts_of_a_socket_can_be_told(run_json, tmp_path):
+    """With numa: strict a guest is on one node: each of four nodes has seven or eight free pCPUs, so five fit once."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "version: 1\npools: {own: {cpus: isolated, numa: strict}}\n"
+        "classes: {c: {vcpu: {pool: own, exclusive: thread}}}\n"
+    )
+    path.chmod(0o644)
+
+    for parts, guests in (("", 6), (",nodes=4", 4), (",l3=8,dies=2,nodes=2", 6)):
+        _, document, _ = run_json("capacity", "capacity", "--config", path, "--shape", f"1x32x1{parts}", "--vcpus", 5)
+        assert document["rows"][0]["guests"] == guests
 
 
 def test_a_policy_that_does_not_fit_the_shape_is_a_problem(run, schemes):
@@ -93,6 +130,9 @@ def test_isolation_can_be_told(run_json, tmp_path):
         ["--shape", "4"],
         ["--shape", "0x4"],
         ["--shape", "99x999x8"],
+        ["--shape", "2x8x2,l3=3"],
+        ["--shape", "2x8x2,l4=2"],
+        ["--shape", "2x8x2,nodes=0"],
         ["--vcpus", "0"],
         ["--vcpus", "x"],
         ["--vcpus", ""],

@@ -7,8 +7,10 @@ import pytest
 from documents import DAEMON, OTHERS, validate
 
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory
 from rtpind.core.model import Role
+from rtpind.core.placement import place
 from rtpind.core.topology import Topology
 from rtpind.daemon import report
 
@@ -115,6 +117,22 @@ def test_every_document_follows_its_schema(made):
             validate("explain", one.explain(number))
         wrong = report.not_ok(one.status())
         validate("verify", {"version": report.VERSION, "ok": not wrong, "threads": wrong})
+
+
+def test_explain_tells_where_the_memory_is_and_who_is_away_from_it():
+    """Whatever the pool asks for; nothing where it is not known."""
+    on = factories.host(topology=Topology.built(2, 4))
+    guest = factories.guest(nodes=CpuSet([1]))
+    policy = factories.policy(factories.REALTIME.replace("isolated", "[3, 4]"))
+
+    def memory(one):
+        decision = place(policy, factories.snapshot(one, host=on), Memory(), Ledger())
+        found = report.explain(decision.guests[0], decision, policy, factories.snapshot(one, host=on))
+        validate("explain", found)
+        return found["memory"]
+
+    assert memory(guest) == {"nodes": "1", "cpus": "4-7", "away": ["vcpu 0", "emulator", "iothread 1"]}
+    assert memory(replace(guest, nodes=CpuSet())) == {"nodes": "", "cpus": "", "away": []}
 
 
 def test_a_status_without_a_policy_judges_nothing(made):

@@ -12,7 +12,7 @@ from rtpind.core.model import Role, Sched, Scheduling
 from rtpind.core.plan import Phase, Reason
 from rtpind.core.verdict import Verdict
 
-NAMES = ["status", "plan", "guest-shape", "capacity", "explain", "verify", "check-config", "hands"]
+NAMES = ["status", "plan", "guest-shape", "capacity", "capacity-running", "explain", "verify", "check-config", "hands"]
 
 
 def parts(schema, path=()):

@@ -244,6 +244,58 @@ def test_traits_are_of_the_process_that_they_were_told_of(tmp_path, hold, tids):
     assert seen() == [None, None]
 
 
+def test_a_definition_that_cannot_be_read_takes_nothing_back(tmp_path, hold):
+    """What was read before stands, of the same process; else the guest tells why there are no traits."""
+    child = hold("a")
+    made = observer(tmp_path, **guest(child.pid, {}))
+    process, traits = (child.pid, 500), Traits(flavor="rt")
+
+    def seen():
+        (one,) = made.look({"u1": "a"}, Memory()).guests
+        return one.traits, one.unreadable
+
+    assert made.describe("u1", process, "not XML")
+    assert not made.describe("u1", process, "not XML")
+    assert seen() == (None, "not XML")
+    assert made.describe("u1", process, traits)
+    assert seen() == (traits, "")
+    assert not made.describe("u1", process, "not XML")
+    assert seen() == (traits, "")
+    assert made.describe("u1", (child.pid, 501), "not XML")
+    assert seen() == (None, "")
+
+
+def test_the_nodes_that_qemu_binds_memory_to_are_read_once(tmp_path, hold, tids):
+    """At any look, and before where the memory lies; not before its vCPUs begin, when it may not be QEMU yet."""
+    child = hold("a")
+    two = {f"sys/devices/system/node/node{node}/cpulist": f"{node}\n" for node in (0, 1)}
+    two["sys/devices/system/node/online"] = "0-1\n"
+    where = f"proc/{child.pid}/cmdline"
+    bound = "-object\0memory-backend-ram,id=a,host-nodes={},policy=bind\0"
+
+    def began(ticks):
+        return {f"proc/{child.pid}/{of}stat": stat_line(child.pid, start=ticks) for of in ("", f"task/{child.pid}/")}
+
+    files = guest(child.pid, {}) | began(99_999)
+    files[f"sys/fs/cgroup{HOME}/memory.numa_stat"] = f"anon N0=0 N1={2**30}\n"
+    made = observer(tmp_path, **files, **two, **{where: bound.format(1)})
+
+    def seen(**more):
+        (one,) = made.look({"u1": "a"}, Memory(), **more).guests
+        return one.starting, str(one.nodes)
+
+    assert seen(only={"u1"}) == (True, "")
+    vcpu = guest(child.pid, {tids[0]: ("CPU 0/KVM", "vcpu0")})
+    make_tree(tmp_path, vcpu | began(99_999) | {where: bound.format(0)})
+    assert seen(only={"u1"}) == (False, "0")
+    make_tree(tmp_path, {where: bound.format(1)})
+    assert seen() == (False, "0")
+
+    make_tree(tmp_path, began(99_998) | {where: "qemu\0"})
+    assert seen(only={"u1"}) == (False, "")
+    assert seen() == (False, "1")
+
+
 def test_the_nodes_of_memory_are_read_at_looks_at_everything(tmp_path, hold, tids):
     """Quick looks take them as they were, of the same process; huge pages, and a host with one node, tell nothing."""
     first, huge = hold("a"), hold("b")

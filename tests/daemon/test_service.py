@@ -53,14 +53,14 @@ class Observer(World):
 
     def __init__(self, *guests: Any) -> None:
         super().__init__(host(), list(guests))
-        self.known: list[tuple[str, Process, Traits]] = []
+        self.known: list[tuple[str, Process, Traits | str]] = []
 
     def process_of(self, name: str) -> Process | None:
         return next((one.process for one in self.guests if one.name == name), None)
 
-    def describe(self, uuid: str, process: Process, traits: Traits) -> bool:
-        news = (uuid, process, traits) not in self.known
-        self.known.append((uuid, process, traits))
+    def describe(self, uuid: str, process: Process, told: Traits | str) -> bool:
+        news = (uuid, process, told) not in self.known
+        self.known.append((uuid, process, told))
         return news
 
 
@@ -200,6 +200,16 @@ def test_what_libvirt_does_not_tell_is_said_once(loop: Loop) -> None:
     assert "rt-1: libvirt does not tell its definition (cannot acquire state change lock)" in first
     assert "access denied" in second
     assert loop.records[-1].fields["GUEST"] == NAME
+
+
+def test_what_cannot_be_read_is_said_once_and_looked_at(loop: Loop) -> None:
+    """The same text would say the same again: the guest is treated by what is known of it."""
+    for _ in range(2):
+        loop.turn(Described(UUID, (PID, 500), None, "not XML", unreadable=True))
+
+    (text,) = (text for text in loop.said(Kind.LIBVIRT) if "definition" in text)
+    assert text.startswith("rt-1: its definition cannot be read (not XML); rules and classes")
+    assert loop.world.known[0] == (UUID, (PID, 500), "not XML")
 
 
 def test_a_pcpu_that_goes_offline_makes_it_look_at_everything(loop: Loop) -> None:

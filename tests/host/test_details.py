@@ -6,13 +6,15 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from trees import until
 
+from rtpind.core.cpuset import CpuSet
 from rtpind.core.model import Traits
-from rtpind.host.details import Described, Details
+from rtpind.host.details import Definition, Described, Details
 
 P, Q = (100, 1), (200, 2)
 XML = "<domain><resource><partition>/rt</partition></resource></domain>"
@@ -27,12 +29,12 @@ class Libvirt:
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.posts: list[Described] = []
 
-    def fetch(self, uuid: str) -> str | None:
+    def fetch(self, uuid: str) -> Definition | None:
         self.calls.append(uuid)
         answer = self.answers.get(timeout=30)
         if isinstance(answer, Exception):
             raise answer
-        return None if answer is None else str(answer)
+        return None if answer is None else Definition(*answer) if isinstance(answer, tuple) else Definition(answer)
 
     def say(self, *answers: Any) -> None:
         for answer in answers:
@@ -70,6 +72,19 @@ def test_what_is_asked_for_is_told_with_whom_it_was_asked_of(libvirt: Libvirt, s
 
     assert libvirt.posts == [Described("a", P, TRAITS)]
     assert libvirt.calls == ["a"]
+
+
+def test_the_nodes_that_libvirt_chose_are_told_too(libvirt: Libvirt, start: Callable[..., Details]) -> None:
+    """They do not stand in the XML; a list that is none makes the definition unreadable."""
+    details = start()
+    libvirt.say((XML, "1"), (XML, "auto"))
+    details.ask("a", P)
+    until(lambda: len(libvirt.posts) == 1, "an answer")
+    details.ask("b", P)
+    until(lambda: len(libvirt.posts) == 2, "another answer")
+
+    assert libvirt.posts[0] == Described("a", P, replace(TRAITS, nodes=CpuSet([1])))
+    assert libvirt.posts[1].unreadable
 
 
 def test_wishes_before_the_answer_are_one(libvirt: Libvirt, start: Callable[..., Details]) -> None:
@@ -195,7 +210,7 @@ def test_a_definition_that_makes_no_sense_is_told_and_not_asked_for_again(
     details.ask("a", P)
     until(lambda: len(libvirt.posts) == 2, "another answer")
 
-    assert libvirt.posts[0].traits is None
+    assert (libvirt.posts[0].traits, libvirt.posts[0].unreadable) == (None, True)
     assert libvirt.posts[0].trouble
     assert libvirt.calls == ["odd", "a"]
 

@@ -5,14 +5,26 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import libvirt
 import pytest
 from trees import until
 
+from rtpind.core.cpuset import CpuSet
 from rtpind.core.model import Traits
-from rtpind.host.details import Described
-from rtpind.host.hypervisor import METADATA, Changed, Domain, Hypervisor, Listed, Lost, describe_once, list_once
+from rtpind.host.details import Described, read
+from rtpind.host.hypervisor import (
+    METADATA,
+    Changed,
+    Domain,
+    Hypervisor,
+    Listed,
+    Lost,
+    _definition,
+    describe_once,
+    list_once,
+)
 
 TEST = "test:///default"
 TEST_DOMAIN = Domain("6695eb01-f6a4-8304-79aa-97f2502e193f", "test")
@@ -197,9 +209,34 @@ def test_a_definition_is_posted_when_asked_for(watch, domain):
     assert posts.of(Described) == [Described(TEST_DOMAIN.uuid, (100, 7), Traits())]
 
 
+@pytest.mark.parametrize(
+    ("numatune", "nodeset"),
+    [("", ""), ("<memory mode='strict' nodeset='0'/>", "0"), ("<memory mode='strict' placement='auto'/>", "")],
+)
+def test_a_definition_tells_the_nodes_of_memory(domain, numatune, nodeset):
+    """What libvirt's NUMA parameters say, beside the XML; where it has none, only the XML."""
+    text = "<domain type='test'><name>n</name><memory>1024</memory><os><type>hvm</type></os>{}</domain>"
+    found = domain.connect().createXML(text.format(f"<numatune>{numatune}</numatune>"))
+    told = _definition(found)
+    found.destroy()
+
+    assert told.nodeset == nodeset
+    assert told.xml.startswith("<domain ")
+    assert read(told) == Traits(nodes=CpuSet.parse(nodeset))
+
+
+def test_a_driver_without_numa_parameters_tells_the_xml():
+    """They are not every driver's."""
+
+    def fails(_flags):
+        raise libvirt.libvirtError("this function is not supported by the connection driver")
+
+    assert _definition(SimpleNamespace(XMLDesc=lambda _flags: "<domain/>", numaParameters=fails)) == ("<domain/>", "")
+
+
 def test_nobody_is_described_without_a_connection(tmp_path):
     """What is asked while libvirt is away is asked anew after it has come: no answer, and no error."""
-    assert Hypervisor(f"qemu+unix:///system?socket={tmp_path / 'none'}", print)._xml(TEST_DOMAIN.uuid) is None
+    assert Hypervisor(f"qemu+unix:///system?socket={tmp_path / 'none'}", print)._definition(TEST_DOMAIN.uuid) is None
 
 
 def test_an_error_is_one_as_long_as_the_connection_is_there(proxy):
@@ -208,10 +245,10 @@ def test_an_error_is_one_as_long_as_the_connection_is_there(proxy):
     hypervisor = Hypervisor(front.uri, print)
     hypervisor._conn = libvirt.openReadOnly(front.uri)
     with pytest.raises(libvirt.libvirtError):
-        hypervisor._xml("not a UUID")
+        hypervisor._definition("not a UUID")
     front.cut()
 
-    assert hypervisor._xml(TEST_DOMAIN.uuid) is None
+    assert hypervisor._definition(TEST_DOMAIN.uuid) is None
 
 
 def test_a_new_list_is_posted_when_asked_for(watch, domain):

@@ -58,6 +58,7 @@ def test_the_topology_is_read(tmp_path):
         f"{CPU}/cpu2/topology/thread_siblings_list": "0,2\n",
         f"{CPU}/cpu0/cache/index3/shared_cpu_list": "0-1\n",
         f"{CPU}/cpu1/cache/index3/shared_cpu_list": "5\n",  # not itself: cannot be
+        f"{CPU}/cpu2/topology/die_cpus_list": "2\n",
         f"{CPU}/cpu3/topology/package_cpus_list": "2-3\n",
         f"{NODES}/online": "0,2\n",
         f"{NODES}/node0/cpulist": "0-3\n",
@@ -69,6 +70,7 @@ def test_the_topology_is_read(tmp_path):
     assert topology.cores == {0: CpuSet([0, 2]), 2: CpuSet([0, 2])}
     assert [str(topology.siblings(cpu)) for cpu in range(4)] == ["0,2", "1", "0,2", "3"]
     assert (topology.caches, topology.sockets) == ({0: CpuSet([0, 1])}, {3: CpuSet([2, 3])})
+    assert topology.dies == {2: CpuSet([2])}
     assert topology.nodes == {0: CpuSet.parse("0-3"), 2: CpuSet.parse("4-7")}
 
 

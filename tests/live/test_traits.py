@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import subprocess
 
+import libvirt
 import pytest
 from trees import until
 
 from demo.guests import Lab
+from rtpind.core.commandline import bound_nodes
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.memory import Memory
 from rtpind.core.model import Traits
+from rtpind.core.traits import parse
 from rtpind.ctl.look import running
 from rtpind.daemon.observe import Observer
 from rtpind.host.details import Described
-from rtpind.host.hypervisor import Changed, Hypervisor, Listed
+from rtpind.host.hypervisor import Changed, Hypervisor, Listed, _definition
+from rtpind.host.proc import Proc
 
 PINNED = "<vcpupin vcpu='0' cpuset='0'/><vcpupin vcpu='1' cpuset='0-1'/>"
 NOVA = (
@@ -46,6 +50,20 @@ def test_a_command_sees_the_traits_of_the_guests_that_run(lab: Lab) -> None:
 
     assert found is not None
     assert (found.flavor, found.projects) == ("rt.small", ("plant", "512866f9994f4ad8916d8539a7cdeec9"))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_where_memory_is_bound_is_told_by_libvirt_and_by_qemu(lab: Lab, shared: bool) -> None:
+    """By the XML, by the NUMA parameters alone, and by the command line, each over what any user may read."""
+    guest = lab.start("bound", numatune="<numatune><memory mode='strict' nodeset='0'/></numatune>", shared=shared)
+    conn = libvirt.openReadOnly("qemu:///system")
+    definition = _definition(conn.lookupByUUIDString(guest.uuid))
+    conn.close()
+
+    assert definition.nodeset == "0"
+    assert parse("<domain/>", definition.nodeset).nodes == CpuSet([0])
+    assert parse(definition.xml).nodes == CpuSet([0])
+    assert bound_nodes(Proc().cmdline(guest.pid)) == CpuSet([0])
 
 
 @pytest.mark.parametrize("change", ["pin", "metadata"])
