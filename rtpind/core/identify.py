@@ -27,6 +27,7 @@ class Sighting:
     """One thread as the host showed it. ``leaf``: last part of its cgroup, "" where its cgroups disagree.
 
     ``age_s``: seconds since the thread began. ``worker``: made by the kernel (PF_KTHREAD or PF_USER_WORKER).
+    ``ran_ns``: its CPU time, where that was asked for and is known.
     """
 
     id: ThreadId
@@ -38,6 +39,7 @@ class Sighting:
     movable: bool = True
     worker: bool = False
     age_s: float = 0.0
+    ran_ns: int | None = None
 
 
 Incumbents = Mapping[tuple[tuple[int, int], str], ThreadId]

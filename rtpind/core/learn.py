@@ -10,6 +10,7 @@ from rtpind.core.audit import Outcome, Result, refusal_text
 from rtpind.core.decision import Decision
 from rtpind.core.memory import FIGHT_WINDOW_S, Memory, Refusal, Wanted, conditions
 from rtpind.core.model import Placement, Snapshot, Thread, ThreadId
+from rtpind.core.offplace import Reading, account
 from rtpind.core.plan import Phase, Plan, Reason, in_place
 
 #: A guest must have been right this long before a thread found elsewhere counts as moved by somebody: while a
@@ -18,9 +19,18 @@ SETTLED_S = 0.1
 
 
 def learn(
-    memory: Memory, snapshot: Snapshot, decision: Decision, plan: Plan, outcomes: Sequence[Outcome], finished: float
+    memory: Memory,
+    snapshot: Snapshot,
+    decision: Decision,
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    finished: float,
+    readings: Sequence[Reading] = (),
 ) -> Memory:
-    """Return what the daemon knows after a pass. ``finished``: monotonic seconds when the last step was read back."""
+    """Return what the daemon knows after a pass.
+
+    ``finished``: monotonic seconds when the last step was read back. ``readings``: CPU times after steps on vCPUs.
+    """
     memory = memory.pruned(snapshot)
     wanted = decision.wanted()
     after = {outcome.step.thread.id: outcome.after for outcome in outcomes if outcome.after is not None}
@@ -52,6 +62,7 @@ def learn(
         repairs=repairs,
         fights=fights,
         owed=_owed(memory, snapshot.threads(), wanted, after, demoted),
+        starts=account(memory.starts, snapshot, decision, readings),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.ledger import Process
 from rtpind.core.model import Host, Limits, Placement, Sched, Snapshot, Thread, ThreadId
+from rtpind.core.offplace import Starts
 
 #: A fight: this many repairs of one thread in this time …
 FIGHT_REPAIRS = 3
@@ -100,6 +101,7 @@ class Memory:
     fights: Mapping[ThreadId, Fight] = field(default_factory=dict)
     owed: frozenset[ThreadId] = frozenset()  # FIFO that rtpind has yet to give, or took away itself
     said: frozenset[tuple[object, ...]] = frozenset()  # records that stand until what they say changes
+    starts: Starts = field(default_factory=dict)  # off-place time
 
     def fighting(self, thread: ThreadId, now: float) -> bool:
         """Return whether the thread is paused because of a fight."""
@@ -141,4 +143,5 @@ class Memory:
             refused={id_: entries for id_, entries in self.refused.items() if id_ in alive},
             repairs={id_: times for id_, times in self.repairs.items() if id_ in alive},
             fights={id_: fight for id_, fight in self.fights.items() if id_ in alive},
+            starts={process: start for process, start in self.starts.items() if process in running},
         )

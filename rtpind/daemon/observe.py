@@ -12,7 +12,7 @@ from rtpind.core.cpuset import NO_CPUS, CpuSet
 from rtpind.core.identify import identify
 from rtpind.core.ledger import Process
 from rtpind.core.memory import Memory
-from rtpind.core.model import Guest, Host, Snapshot, Traits
+from rtpind.core.model import Guest, Host, Snapshot, ThreadId, Traits
 from rtpind.host import pidfile
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.foreign import Foreign
@@ -45,11 +45,12 @@ class Observer:
         host = self.facts.read()
         uptime = self.proc.uptime()
         found: dict[str, Guest] = {}
+        ran: dict[ThreadId, int] = {}
         for uuid, name in domains.items():
             if only is not None and uuid not in only:
                 guest = self._last.get(uuid)
             else:
-                guest = self._guest(uuid, name, memory, uptime)
+                guest = self._guest(uuid, name, memory, uptime, ran)
                 if guest is not None and len(host.topology.nodes) > 1:
                     guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
             last = self._last.get(uuid)
@@ -61,7 +62,7 @@ class Observer:
         ours |= {guest.pid for guest in found.values()}
         host = replace(host, busy=self.foreign.busy(host, ours, anew=only is None))
         guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
-        return Snapshot(host=host, guests=guests, time=time.monotonic())
+        return Snapshot(host=host, guests=guests, time=time.monotonic(), ran=ran)
 
     def process_of(self, name: str) -> Process | None:
         """Return which process the guest ``name`` is now; None when it does not run."""
@@ -95,12 +96,13 @@ class Observer:
             return last.nodes if last is not None and last.process == guest.process else NO_CPUS
         return NO_CPUS if self.proc.has_hugetlb(guest.pid) else self.cgroups.nodes(guest.pid)
 
-    def _guest(self, uuid: str, name: str, memory: Memory, uptime: float) -> Guest | None:
+    def _guest(self, uuid: str, name: str, memory: Memory, uptime: float, ran: dict[ThreadId, int]) -> Guest | None:
         pid = pidfile.pid_of(name, self._run_dir)
-        seen = None if pid is None else self.proc.sightings(pid, self.cgroups, uptime)
+        seen = None if pid is None else self.proc.sightings(pid, self.cgroups, uptime, memory.starts)
         if pid is None or seen is None:
             return None
         start, sightings = seen
+        ran |= {sighting.id: sighting.ran_ns for sighting in sightings if sighting.ran_ns is not None}
         guest = identify(
             uuid=uuid,
             name=name,

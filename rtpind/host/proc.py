@@ -11,10 +11,12 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.identify import Sighting
 from rtpind.core.model import Kind, Placement, Sched, Scheduling, ThreadId
+from rtpind.core.offplace import Starts
 from rtpind.host.cgroup import Cgroups, Groups
 
 # include/linux/sched.h
@@ -137,9 +139,24 @@ class Proc:
         except OSError:
             return False
 
-    def sightings(self, pid: int, cgroups: Cgroups, uptime: float) -> tuple[int, list[Sighting]] | None:
+    def ran_ns(self, thread: ThreadId) -> int | None:
+        """Return the CPU time of a QEMU's thread in ns; None where it is gone, or the kernel does not know.
+
+        The first field of schedstat. The kernel counts up to the last tick of a thread that runs right now, and all of
+        one that sleeps or has just been moved or given another scheduling. Without CONFIG_SCHED_INFO it says 0.
+        """
+        try:
+            with open(f"{self._proc}/{thread.pid}/task/{thread.tid}/schedstat", "rb") as file:
+                return int(file.read().split()[0]) or None
+        except (OSError, LookupError):
+            return None
+
+    def sightings(
+        self, pid: int, cgroups: Cgroups, uptime: float, starts: Starts = MappingProxyType({})
+    ) -> tuple[int, list[Sighting]] | None:
         """Return the start time and all threads of the guest whose QEMU is ``pid``.
 
+        ``starts``: which vCPUs' CPU time is not to be read, as their start is over.
         None when it is gone, or not yet in the emulator cgroup in which libvirt starts it (before that, libvirt
         still sets its affinity). Threads that end meanwhile are left out.
         """
@@ -151,7 +168,9 @@ class Proc:
             return None
         if home.leaf != "emulator":
             return None
-        found = [self._sight(pid, start, tid, Kind.QEMU, cgroups, uptime, home) for tid in tids]
+        begun = starts.get((pid, start))
+        over = begun.over if begun is not None else ()
+        found = [self._sight(pid, start, tid, Kind.QEMU, cgroups, uptime, home, over) for tid in tids]
         own = set(tids)
         others = [tid for tid in cgroups.threads(home) if tid not in own]
         found += [self._sight(pid, start, tid, Kind.PROCESS, cgroups, uptime, home) for tid in others]
@@ -163,18 +182,28 @@ class Proc:
         return start, [sighting for sighting in found if sighting is not None]
 
     def _sight(
-        self, pid: int, start: int, tid: int, kind: Kind, cgroups: Cgroups, uptime: float, home: Groups
+        self,
+        pid: int,
+        start: int,
+        tid: int,
+        kind: Kind,
+        cgroups: Cgroups,
+        uptime: float,
+        home: Groups,
+        over: Collection[ThreadId] = (),
     ) -> Sighting | None:
         try:
             stat = self.stat(pid, tid) if kind is Kind.QEMU else self.stat(tid)
-            groups = home
+            id_, ran_ns, groups = ThreadId(pid, start, tid, stat.start), None, home
             if kind is Kind.QEMU and stat.comm.startswith(("CPU ", "IO iothread")):
+                if stat.comm.startswith("CPU ") and id_ not in over:
+                    ran_ns = self.ran_ns(id_)  # before its cgroup, which tells whether it has run as a guest yet
                 groups = cgroups.of(pid, tid)
             now = self.placement(tid, stat)
         except (FileNotFoundError, ProcessLookupError):
             return None  # anything else (no more files, no memory) does not mean that it has ended
         return Sighting(
-            id=ThreadId(pid, start, tid, stat.start),
+            id=id_,
             kind=Kind.KERNEL if stat.kernel else Kind.QEMU if kind is Kind.QEMU else Kind.PROCESS,
             comm=stat.comm,
             now=now,
@@ -183,6 +212,7 @@ class Proc:
             movable=not stat.flags & _PF_NO_SETAFFINITY,
             worker=bool(stat.flags & (_PF_KTHREAD | _PF_USER_WORKER)),
             age_s=uptime - stat.start / TICKS,
+            ran_ns=ran_ns,
         )
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 
 import psutil
 import pytest
@@ -12,6 +13,7 @@ from trees import HYBRID, PF_KTHREAD, PF_NO_SETAFFINITY, PF_USER_WORKER, V1, V2,
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.model import Kind, Sched, Scheduling, ThreadId
+from rtpind.core.offplace import Start
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.proc import Proc, parse_stat
 
@@ -143,6 +145,31 @@ def test_a_guest_is_seen_with_all_its_threads(tmp_path):
     assert seen[1001].now.cpus == CpuSet([1001 % 8])
     assert seen[1001].age_s == pytest.approx(100 - 510 / os.sysconf("SC_CLK_TCK"))
     assert [tid for tid, one in seen.items() if one.worker] == [1004]
+
+
+@pytest.mark.parametrize(("text", "ran_ns"), [("123456 78 9\n", 123456), ("0 0 0\n", None), ("", None), (None, None)])
+def test_the_cpu_time_of_a_vcpu_is_read(tmp_path, text, ran_ns):
+    """The first field of schedstat, of vCPUs alone; a kernel that does not count says 0."""
+    more = {} if text is None else {f"proc/{PID}/task/{tid}/schedstat": text for tid in (1000, 1001, 1002)}
+    seen = sightings(guest_tree(tmp_path, **more))
+
+    assert {tid: one.ran_ns for tid, one in seen.items() if tid != 1001} == dict.fromkeys({*seen} - {1001})
+    assert seen[1001].ran_ns == ran_ns
+    assert fake(tmp_path).ran_ns(seen[1001].id) == ran_ns
+
+
+def test_the_cpu_time_of_a_vcpu_whose_start_is_over_is_not_read(tmp_path):
+    """Of no other thread and no other process does that say anything."""
+    root = guest_tree(tmp_path, **{f"proc/{PID}/task/1001/schedstat": "5 0 1\n"})
+    vcpu = ThreadId(PID, 500, 1001, 510)
+
+    def ran(process, *over):
+        found = fake(root).sightings(PID, Cgroups(root), 100.0, {process: Start(over=dict.fromkeys(over))})
+        return next(one.ran_ns for one in found[1] if one.id == vcpu)
+
+    assert ran((PID, 500), vcpu) is None
+    assert ran((PID, 500), vcpu._replace(start=511)) == 5
+    assert ran((PID, 501), vcpu) == 5
 
 
 def test_the_other_processes_of_the_emulator_cgroup_belong_to_the_guest(tmp_path):
@@ -371,6 +398,22 @@ def test_a_real_thread_is_read_whatever_its_name(named):
     assert proc.placement(named.tid, stat).cpus == CpuSet(os.sched_getaffinity(named.tid))
     assert named.tid in proc.tids(os.getpid())
     assert proc.is_still(ThreadId(os.getpid(), 0, named.tid, stat.start), Kind.QEMU, "")
+
+
+def test_the_real_cpu_time_of_a_thread_that_works_grows():
+    """On the real host: what a thread used is counted when it sleeps, and of one that is gone nothing is known."""
+    worker = Named(b"CPU 0/KVM")
+    proc = Proc()
+    id_ = ThreadId(os.getpid(), 0, worker.tid, 0)
+    here = id_._replace(tid=threading.get_native_id())
+    before, began = proc.ran_ns(here), time.thread_time()
+    until(lambda: time.thread_time() - began > 0.02, "this thread worked for 20 ms")
+    used = proc.ran_ns(here) - before
+    assert proc.ran_ns(id_) > 0
+    worker.stop()
+
+    assert 10e6 < used < 10e9  # the last tick may not be counted
+    assert proc.ran_ns(id_) is None
 
 
 def test_a_real_start_time_is_that_of_psutil():
