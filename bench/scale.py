@@ -198,7 +198,9 @@ def main() -> None:
             bench = Bench(standins, Path(scratch))
             for name, (ours, bare) in bench.measure(options.rounds).items():
                 ratio = median(ours) / median(bare)
-                print(f"{count:5} guests, {name:6}  {told(ours):28}  bare {told(bare):28}  ratio {ratio:.2f}", flush=True)
+                print(
+                    f"{count:5} guests, {name:6}  {told(ours):28}  bare {told(bare):28}  ratio {ratio:.2f}", flush=True
+                )
                 medians.setdefault(name, []).append(median(ours))
             if count == options.guests[-1]:
                 print(f"files opened by a verify pass: {opened(bench.verify)}, bare {opened(bench.bare_verify)}")

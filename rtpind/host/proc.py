@@ -224,6 +224,7 @@ class KernelThreads:
     def __init__(self, proc: Proc) -> None:
         self._proc = proc
         self._names: dict[int, str] = {}  # pid → name, "" for what is no kernel thread
+        self._pids: dict[str, list[int]] = {}  # the other way round
         self._scans = 0
 
     def scan(self) -> None:
@@ -242,14 +243,17 @@ class KernelThreads:
                 if stat.comm != "kthreadd" or pid == 2:  # else it has not been given its name yet
                     names[pid] = stat.comm if stat.kernel else ""
         self._names = names
+        self._pids = {}
+        for pid, name in names.items():
+            self._pids.setdefault(name, []).append(pid)
 
     def named(self, *names: str) -> list[int]:
         """Return the pids of the kernel threads with one of these names."""
-        return sorted(pid for pid, name in self._names.items() if name in names)
+        return sorted(pid for name in names for pid in self._pids.get(name, ()))
 
     def others(self) -> list[int]:
         """Return the pids of processes: of the last scan what is no kernel thread."""
-        return sorted(pid for pid, name in self._names.items() if not name)
+        return sorted(self._pids.get("", ()))
 
     def lowest_priority(self, cpu: int, kinds: Iterable[str]) -> int | None:
         """Return the lowest FIFO priority among the threads ``KIND/CPU``, 0 for one that is not FIFO; None: none."""
