@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a pass costs on up to 1000 guests of 8 threads, beside a bare loop that makes the same reads and calls.
 
-``python -m bench.scale``; root, for cgroups of its own. The guests are stand-ins (:mod:`bench.standins`), the passes are
-those of the daemon. The first full pass places every thread: it finds, writes the ledger, moves, and reads back. The verify
-pass finds everybody on its place, identity included. Records are made and thrown away. The bare loop interprets nothing.
+``python -m bench.scale``; root, for cgroups of its own. The guests are stand-ins (:mod:`bench.standins`), the passes
+are those of the daemon. The first full pass places every thread: it finds, writes the ledger, moves, and reads back.
+The verify pass finds everybody on its place, identity included. Records are made and thrown away. The bare loop makes
+sense of nothing; the facts of the host, and who else is pinned there, are in the daemon's time alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def read(path: str) -> bytes:
 
 
 class Bare:
-    """The reads and calls of a pass, and nothing else. What a thread is called and which cgroup is a guest's is known."""
+    """The reads and calls of a pass, and nothing else. What a thread is, and which cgroup is a guest's, is known."""
 
     def __init__(self, standins: StandIns, observer: Observer) -> None:
         seen = observer.look(standins.domains, Memory())

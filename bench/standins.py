@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Stand-in guests: real processes of eight threads, named as QEMU names them, that hold a pid file and do nothing.
 
-Each holds the lock on its pid file as QEMU does, and its threads are in cgroups of the names that libvirt gives, so that
-all of rtpind's own reads work on them. They are made by a small C program, as a thousand Pythons would be too large,
-and end with it, which ends with this process.
+Each holds the lock on its pid file as QEMU does, and its threads are in cgroups of the names that libvirt gives, so
+that all of rtpind's own reads work on them. They are made by a small C program, as a thousand Pythons would be too
+large, and end with it, which ends with this process.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ class StandIns:
         if self._maker is not None:
             self._maker.kill()  # the kernel ends its children with it
             self._maker.communicate()
-        for path, _, _ in os.walk(self._groups, topdown=False):
-            while os.path.isdir(path):  # until the last thread is gone
+        for path in [Path(name) for name, _, _ in os.walk(self._groups, topdown=False)]:
+            while path.is_dir():  # until the last thread is gone
                 with contextlib.suppress(OSError):
-                    os.rmdir(path)
+                    path.rmdir()
         shutil.rmtree(self.dir)
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from rtpind.core.cpuset import NO_CPUS, CpuSet
-from rtpind.core.identify import identify
+from rtpind.core.identify import Sighting, identify, settled
 from rtpind.core.ledger import Process
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest, Host, Snapshot, ThreadId, Traits
 from rtpind.host import pidfile
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.foreign import Foreign
+from rtpind.host.guestthreads import GuestThreads
 from rtpind.host.proc import Proc
 from rtpind.host.sysfs import HostFacts
 
@@ -29,11 +30,13 @@ class Observer:
     def __init__(self, root: Path = Path("/"), run_dir: Path = pidfile.RUN_DIR) -> None:
         self.proc = Proc(root)
         self.cgroups = Cgroups(root)
+        self.threads = GuestThreads(self.proc, self.cgroups)
         self.facts = HostFacts(self.cgroups, self.proc, root)
         self.foreign = Foreign(self.proc)
         self._run_dir = run_dir
         self._last: dict[str, Guest] = {}
         self._traits: dict[str, tuple[Process, Traits]] = {}
+        self._known: dict[str, tuple[list[Sighting], Guest]] = {}  # what was sighted of a guest last, and found in it
         self._scanned = float("-inf")
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
@@ -54,10 +57,12 @@ class Observer:
                 if guest is not None and len(host.topology.nodes) > 1:
                     guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
             last = self._last.get(uuid)
-            if guest is not None:
-                found[uuid] = last if last == guest else guest  # the same object tells: nothing to decide
+            if guest is not None:  # the same object tells: nothing to decide
+                found[uuid] = guest if last is guest or last != guest else last
         self._last = found
         self._traits = {uuid: entry for uuid, entry in self._traits.items() if uuid in domains}
+        self._known = {uuid: entry for uuid, entry in self._known.items() if uuid in domains}
+        self.threads.keep({guest.pid for guest in found.values()})
         ours = {thread.id.tid for guest in found.values() for thread in guest.threads}
         ours |= {guest.pid for guest in found.values()}
         host = replace(host, busy=self.foreign.busy(host, ours, anew=only is None))
@@ -98,23 +103,13 @@ class Observer:
 
     def _guest(self, uuid: str, name: str, memory: Memory, uptime: float, ran: dict[ThreadId, int]) -> Guest | None:
         pid = pidfile.pid_of(name, self._run_dir)
-        seen = None if pid is None else self.proc.sightings(pid, self.cgroups, uptime, memory.starts)
+        seen = None if pid is None else self.threads.look(pid, uptime, memory.starts)
         if pid is None or seen is None:
             return None
         start, sightings = seen
         ran |= {sighting.id: sighting.ran_ns for sighting in sightings if sighting.ran_ns is not None}
-        guest = identify(
-            uuid=uuid,
-            name=name,
-            process=(pid, start),
-            sightings=sightings,
-            incumbents=memory.incumbents,
-            doubtful=memory.doubtful,
-        )
-        described = self._traits.get(uuid)
-        if described is not None and described[0] == guest.process:
-            guest = replace(guest, traits=described[1])
-        if not any(thread.id in memory.refused for thread in guest.threads):
+        guest = self._identified(uuid, name, (pid, start), sightings, memory)
+        if not memory.refused or not any(thread.id in memory.refused for thread in guest.threads):
             return guest
         threads = tuple(
             replace(thread, limits=self.cgroups.limits(thread.id.pid, thread.id.tid, thread.kind))
@@ -123,3 +118,25 @@ class Observer:
             for thread in guest.threads
         )
         return replace(guest, threads=threads)
+
+    def _identified(self, uuid: str, name: str, process: Process, sightings: list[Sighting], memory: Memory) -> Guest:
+        """Return who is who in a guest, with its traits; as found last time where that cannot have changed."""
+        described = self._traits.get(uuid)
+        traits = described[1] if described is not None and described[0] == process else None
+        known = self._known.get(uuid)
+        if known is not None and known[0] == sightings:
+            guest = known[1]
+            same = guest.name == name and guest.process == process and guest.traits is traits
+            if same and settled(guest, memory.incumbents):
+                return guest
+        guest = identify(
+            uuid=uuid,
+            name=name,
+            process=process,
+            sightings=sightings,
+            incumbents=memory.incumbents,
+            doubtful=memory.doubtful,
+        )
+        guest = guest if traits is None else replace(guest, traits=traits)
+        self._known[uuid] = (sightings, guest)
+        return guest

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from operator import is_
 
 from rtpind.core import plan as planning
 from rtpind.core.audit import Kind, Level, Outcome, Record, Result, guest_fields, of_outcome, of_start
@@ -60,6 +61,7 @@ class Reconciler:
         self._seen: Snapshot | None = None  # by the last pass
         self._decided: Decision | None = None  # by the last pass
         self.tally = Tally()
+        self._kept: tuple[Ledger | None, tuple[Guest, ...]] = (None, ())  # a ledger that knows only of these guests
         self._unwritable = ""  # why the ledger could not be written, as last said
 
     def open_ledger(self) -> None:
@@ -189,9 +191,14 @@ class Reconciler:
             self.emit(of_start(guests[process], spent))
 
     def _prune(self, snapshot: Snapshot) -> None:
+        ledger, guests = self._kept
+        same = len(snapshot.guests) == len(guests) and all(map(is_, snapshot.guests, guests))
+        if same and ledger is self.ledger and not ledger.hands_off:
+            return  # the same threads of the same guests
         seen = {guest.process for guest in snapshot.guests}
         gone = frozenset(process for process in self.ledger.processes() - seen if not self._alive(process))
         self._keep(self.ledger.pruned(snapshot, gone, time.time()))
+        self._kept = (None if self.ledger.processes() - seen else self.ledger, snapshot.guests)
 
     def _alive(self, process: Process) -> bool:
         try:

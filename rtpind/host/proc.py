@@ -11,13 +11,10 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from rtpind.core.cpuset import CpuSet
-from rtpind.core.identify import Sighting
 from rtpind.core.model import Kind, Placement, Sched, Scheduling, ThreadId
-from rtpind.core.offplace import Starts
-from rtpind.host.cgroup import Cgroups, Groups
+from rtpind.host.kernelfile import read
 
 # include/linux/sched.h
 _PF_USER_WORKER = 0x00004000
@@ -57,6 +54,16 @@ class Stat:
         """Whether it is a kernel thread."""
         return bool(self.flags & _PF_KTHREAD)
 
+    @property
+    def worker(self) -> bool:
+        """Whether the kernel made it: a thread of its own, or one of a process (vhost, io_uring)."""
+        return bool(self.flags & (_PF_KTHREAD | _PF_USER_WORKER))
+
+    @property
+    def movable(self) -> bool:
+        """Whether the kernel lets its affinity change."""
+        return not self.flags & _PF_NO_SETAFFINITY
+
 
 def parse_stat(text: bytes) -> Stat:
     """Read one stat line. The name stands in brackets and may itself hold any of ``) (``: the last one counts."""
@@ -66,6 +73,12 @@ def parse_stat(text: bytes) -> Stat:
     return Stat(comm, int(fields[1]), int(fields[6]), int(fields[19]), int(fields[37]), int(fields[38]))
 
 
+def placed(stat: Stat, policy: int, allowed: Iterable[int]) -> Placement:
+    """Return a placement from stat, sched_getscheduler(2), which alone tells RESET_ON_FORK, and affinity."""
+    scheduling = Scheduling(_POLICIES.get(stat.policy, Sched.OTHER), stat.priority, bool(policy & RESET_ON_FORK))
+    return Placement(CpuSet(allowed), scheduling)
+
+
 class Proc:
     """/proc below ``root``. ``affinity`` and ``scheduler`` are the two system calls that read a thread's placement."""
 
@@ -73,7 +86,7 @@ class Proc:
         self,
         root: Path = Path("/"),
         *,
-        affinity: Callable[[int], Iterable[int]] = os.sched_getaffinity,
+        affinity: Callable[[int], Collection[int]] = os.sched_getaffinity,
         scheduler: Callable[[int], int] = os.sched_getscheduler,
     ) -> None:
         self._proc = str(root / "proc")
@@ -83,19 +96,23 @@ class Proc:
 
     def stat(self, pid: int, tid: int | None = None) -> Stat:
         """Return the stat of a thread (of a process' main thread without ``tid``). Raises OSError when gone."""
-        where = f"{self._proc}/{pid}/stat" if tid is None else f"{self._proc}/{pid}/task/{tid}/stat"
-        with open(where, "rb") as file:
-            return parse_stat(file.read())
+        return parse_stat(self.raw_stat(pid, tid))
+
+    def raw_stat(self, pid: int, tid: int | None = None) -> bytes:
+        """Return the stat line itself. Raises OSError when gone."""
+        return read(f"{self._proc}/{pid}/stat" if tid is None else f"{self._proc}/{pid}/task/{tid}/stat")
 
     def placement(self, tid: int, stat: Stat) -> Placement:
         """Return where a thread is allowed and how it is scheduled. Raises OSError when it is gone."""
-        reset = bool(self._scheduler(tid) & RESET_ON_FORK)
-        scheduling = Scheduling(_POLICIES.get(stat.policy, Sched.OTHER), stat.priority, reset)
-        return Placement(CpuSet(self._affinity(tid)), scheduling)
+        return placed(stat, self.policy(tid), self.affinity(tid))
+
+    def policy(self, tid: int) -> int:
+        """Return what sched_getscheduler(2) says of a thread. Raises OSError when it is gone."""
+        return self._scheduler(tid)
 
     def affinity(self, tid: int) -> Collection[int]:
         """Return the pCPUs that a thread may run on. Raises OSError when it is gone."""
-        return set(self._affinity(tid))
+        return self._affinity(tid)
 
     def pids(self) -> list[int]:
         """Return every process id."""
@@ -146,74 +163,9 @@ class Proc:
         one that sleeps or has just been moved or given another scheduling. Without CONFIG_SCHED_INFO it says 0.
         """
         try:
-            with open(f"{self._proc}/{thread.pid}/task/{thread.tid}/schedstat", "rb") as file:
-                return int(file.read().split()[0]) or None
+            return int(read(f"{self._proc}/{thread.pid}/task/{thread.tid}/schedstat").split()[0]) or None
         except (OSError, LookupError):
             return None
-
-    def sightings(
-        self, pid: int, cgroups: Cgroups, uptime: float, starts: Starts = MappingProxyType({})
-    ) -> tuple[int, list[Sighting]] | None:
-        """Return the start time and all threads of the guest whose QEMU is ``pid``.
-
-        ``starts``: which vCPUs' CPU time is not to be read, as their start is over.
-        None when it is gone, or not yet in the emulator cgroup in which libvirt starts it (before that, libvirt
-        still sets its affinity). Threads that end meanwhile are left out.
-        """
-        try:
-            start = self.stat(pid).start
-            home = cgroups.of(pid, pid)
-            tids = self.tids(pid)
-        except OSError:
-            return None
-        if home.leaf != "emulator":
-            return None
-        begun = starts.get((pid, start))
-        over = begun.over if begun is not None else ()
-        found = [self._sight(pid, start, tid, Kind.QEMU, cgroups, uptime, home, over) for tid in tids]
-        own = set(tids)
-        others = [tid for tid in cgroups.threads(home) if tid not in own]
-        found += [self._sight(pid, start, tid, Kind.PROCESS, cgroups, uptime, home) for tid in others]
-        names = (f"vhost-{pid}", f"kvm-pit/{pid}")
-        kernel = [tid for tid in self.kernel_threads.named(*names) if tid not in others]
-        sighted = [self._sight(pid, start, tid, Kind.KERNEL, cgroups, uptime, home) for tid in kernel]
-        # The names are from the last scan: a number that was reused since is somebody else's.
-        found += [one for one in sighted if one and one.kind is Kind.KERNEL and one.comm in names]
-        return start, [sighting for sighting in found if sighting is not None]
-
-    def _sight(
-        self,
-        pid: int,
-        start: int,
-        tid: int,
-        kind: Kind,
-        cgroups: Cgroups,
-        uptime: float,
-        home: Groups,
-        over: Collection[ThreadId] = (),
-    ) -> Sighting | None:
-        try:
-            stat = self.stat(pid, tid) if kind is Kind.QEMU else self.stat(tid)
-            id_, ran_ns, groups = ThreadId(pid, start, tid, stat.start), None, home
-            if kind is Kind.QEMU and stat.comm.startswith(("CPU ", "IO iothread")):
-                if stat.comm.startswith("CPU ") and id_ not in over:
-                    ran_ns = self.ran_ns(id_)  # before its cgroup, which tells whether it has run as a guest yet
-                groups = cgroups.of(pid, tid)
-            now = self.placement(tid, stat)
-        except (FileNotFoundError, ProcessLookupError):
-            return None  # anything else (no more files, no memory) does not mean that it has ended
-        return Sighting(
-            id=id_,
-            kind=Kind.KERNEL if stat.kernel else Kind.QEMU if kind is Kind.QEMU else Kind.PROCESS,
-            comm=stat.comm,
-            now=now,
-            leaf=groups.leaf,
-            cgroup=groups.path,
-            movable=not stat.flags & _PF_NO_SETAFFINITY,
-            worker=bool(stat.flags & (_PF_KTHREAD | _PF_USER_WORKER)),
-            age_s=uptime - stat.start / TICKS,
-            ran_ns=ran_ns,
-        )
 
 
 class KernelThreads:

@@ -114,14 +114,18 @@ def test_the_state_follows_what_the_kernel_answered() -> None:
 
 PLACES = st.builds(
     Placement,
-    st.frozensets(st.integers(0, 4), min_size=1).map(CpuSet),
+    st.frozensets(st.integers(0, 2), min_size=1).map(CpuSet),
     st.sampled_from([OTHER, fifo(1), fifo(2), Scheduling(Sched.RR, 1)]),
 )
 CAST = [*guest(vcpus=2, helpers=2).threads, *guest("rt-2", pid=2000, vcpus=2).threads]
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(st.sampled_from(CAST), st.none() | PLACES), max_size=30), st.sampled_from(CAST), PLACES)
+@given(
+    st.lists(st.tuples(st.sampled_from(CAST), st.none() | PLACES), min_size=6, max_size=30),
+    st.sampled_from(CAST),
+    PLACES,
+)
 def test_what_is_looked_up_is_what_is_there(
     steps: list[tuple[Thread, Placement | None]], thread: Thread, now: Placement
 ) -> None:

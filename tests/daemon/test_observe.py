@@ -240,6 +240,17 @@ def test_the_memory_decides_who_is_who(tmp_path, hold, tids):
     }
 
 
+def test_what_is_in_doubt_is_looked_at_anew(tmp_path, hold, tids):
+    """Two threads claim a vCPU at two looks: that nothing else has changed in between says nothing of them."""
+    child = hold("a")
+    made = observer(tmp_path, **guest(child.pid, {tids[0]: ("CPU 0/KVM", "vcpu0"), tids[1]: ("CPU 0/KVM", "vcpu0")}))
+    (first,) = made.look({"u1": "a"}, Memory()).guests
+    (second,) = made.look({"u1": "a"}, Memory(doubtful=frozenset({(first.process, "vcpu 0")}))).guests
+
+    assert (first.doubtful, first.contested) == (("vcpu 0",), ())
+    assert (second.doubtful, second.contested) == ((), ("vcpu 0",))
+
+
 def test_traits_are_of_the_process_that_they_were_told_of(tmp_path, hold, tids):
     """They stay until the guest is another process, or no domain any more; another guest has none of them."""
     first, other = hold("a"), hold("b")

@@ -160,6 +160,22 @@ def test_what_threads_had_is_on_disk_before_the_first_call(daemon: Daemon) -> No
     assert {id_.tid: entry.placement for id_, entry in ledger.originals.items()} == before
 
 
+def test_a_thread_that_is_gone_leaves_the_ledger(daemon: Daemon) -> None:
+    """Whether a pass sees it go, or the ledger comes to know of one that is gone already."""
+    late = daemon.world.fork(PID)
+    daemon.settle()
+    daemon.world.exit(late)
+    daemon.run()
+
+    assert {id_.tid for id_ in daemon.reconciler.ledger.originals} == set(PLACED)
+
+    gone = daemon.world.tasks[PID].thread
+    daemon.reconciler.ledger = daemon.reconciler.ledger.recording([replace(gone, id=gone.id._replace(tid=late))])
+    daemon.run()
+
+    assert {id_.tid for id_ in daemon.reconciler.ledger.originals} == set(PLACED)
+
+
 def test_a_thread_is_written_down_when_libvirt_is_done_with_it(daemon: Daemon) -> None:
     """What it had while libvirt was still moving it is not what it had before rtpind."""
     unsure(daemon.world)

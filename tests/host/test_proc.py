@@ -12,9 +12,11 @@ import pytest
 from trees import HYBRID, PF_KTHREAD, PF_NO_SETAFFINITY, PF_USER_WORKER, V1, V2, make_tree, process, stat_line, until
 
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.identify import SETTLE_S
 from rtpind.core.model import Kind, Sched, Scheduling, ThreadId
 from rtpind.core.offplace import Start
 from rtpind.host.cgroup import Cgroups
+from rtpind.host.guestthreads import GuestThreads
 from rtpind.host.proc import Proc, parse_stat
 
 PID = 1000
@@ -49,7 +51,7 @@ def sightings(root, **calls):
     """Look at guest PID in the tree, with the kernel threads scanned; return its sightings by tid."""
     proc = fake(root, **calls)
     proc.kernel_threads.scan()
-    found = proc.sightings(PID, Cgroups(root), uptime=100.0)
+    found = GuestThreads(proc, Cgroups(root)).look(PID, 100.0)
     return None if found is None else {one.id.tid: one for one in found[1]}
 
 
@@ -143,7 +145,7 @@ def test_a_guest_is_seen_with_all_its_threads(tmp_path):
     }
     assert seen[1001].id == ThreadId(1000, 500, 1001, 510)
     assert seen[1001].now.cpus == CpuSet([1001 % 8])
-    assert seen[1001].age_s == pytest.approx(100 - 510 / os.sysconf("SC_CLK_TCK"))
+    assert seen[1001].age_s == SETTLE_S
     assert [tid for tid, one in seen.items() if one.worker] == [1004]
 
 
@@ -164,7 +166,7 @@ def test_the_cpu_time_of_a_vcpu_whose_start_is_over_is_not_read(tmp_path):
     vcpu = ThreadId(PID, 500, 1001, 510)
 
     def ran(process, *over):
-        found = fake(root).sightings(PID, Cgroups(root), 100.0, {process: Start(over=dict.fromkeys(over))})
+        found = GuestThreads(fake(root), Cgroups(root)).look(PID, 100.0, {process: Start(over=dict.fromkeys(over))})
         return next(one.ran_ns for one in found[1] if one.id == vcpu)
 
     assert ran((PID, 500), vcpu) is None
@@ -228,7 +230,7 @@ def test_a_number_that_was_reused_is_not_the_guests(tmp_path, now):
     proc.kernel_threads.scan()
     make_tree(root, {"proc/50/stat": now})
 
-    _, found = proc.sightings(PID, Cgroups(root), uptime=100.0)
+    _, found = GuestThreads(proc, Cgroups(root)).look(PID, 100.0)
 
     assert 50 not in {one.id.tid for one in found}
 
@@ -436,7 +438,7 @@ def test_a_real_thread_that_ended_is_an_error_and_no_crash():
         with pytest.raises(OSError, match=str(child.pid)):
             ask()
     assert proc.cmdline(child.pid) == []
-    assert proc.sightings(child.pid, Cgroups(), proc.uptime()) is None
+    assert GuestThreads(proc, Cgroups()).look(child.pid, proc.uptime()) is None
     assert child.pid not in proc.pids()
 
 
@@ -445,7 +447,7 @@ def test_a_real_zombie_is_no_guest():
     child = subprocess.Popen(["true"])
     until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, "it is a zombie")
 
-    seen = Proc().sightings(child.pid, Cgroups(), Proc().uptime())
+    seen = GuestThreads(Proc(), Cgroups()).look(child.pid, Proc().uptime())
     child.wait()
 
     assert seen is None
@@ -480,6 +482,13 @@ def test_real_command_lines_and_kernel_threads_are_found():
     assert proc.kernel_threads.lowest_priority(0, ["ksoftirqd"]) == os.sched_getparam(named[0]).sched_priority
 
 
+class Housed(Cgroups):
+    """Cgroups in which every process is in an emulator cgroup of its own."""
+
+    def text(self, pid, tid):
+        return b"0::/guest/libvirt/emulator\n" if tid == pid else super().text(pid, tid)
+
+
 def test_the_threads_of_this_process_vanish_while_they_are_read():
     """On the real host: reading threads that begin and end all the time never raises."""
     stop = threading.Event()
@@ -492,16 +501,11 @@ def test_the_threads_of_this_process_vanish_while_they_are_read():
 
     worker = threading.Thread(target=churn)
     worker.start()
-    proc, cgroups = Proc(), Cgroups()
-    home = cgroups.of(os.getpid(), os.getpid())
+    threads = GuestThreads(Proc(), Housed())
     try:
-        seen = [
-            proc._sight(os.getpid(), 0, tid, Kind.QEMU, cgroups, 0.0, home)
-            for _ in range(200)
-            for tid in proc.tids(os.getpid())
-        ]
+        seen = [threads.look(os.getpid(), 0.0) for _ in range(200)]
     finally:
         stop.set()
         worker.join()
 
-    assert sum(one is not None for one in seen) >= 200
+    assert all(os.getpid() in {one.id.tid for one in sightings} for _, sightings in seen)
