@@ -59,20 +59,19 @@ class Bare:
         self.guests = []
         for guest in seen.guests:
             named = {thread.id.tid for thread in guest.threads if thread.index is not None}
-            vcpus = {thread.id.tid for thread in guest.threads if thread.label.startswith("vcpu")}
             home = observer.cgroups.of(guest.pid, guest.pid)
             controller = next(name for name in ("cpuset", "cpu", "") if home.paths.get(name, "/") != "/")
             members = observer.cgroups.mounts[controller] + home.paths[controller]
             members += "/tasks" if controller else "/cgroup.threads"
-            self.guests.append((f"{standins.dir}/{guest.name}.pid", guest.pid, named, vcpus, members))
+            self.guests.append((f"{standins.dir}/{guest.name}.pid", guest.pid, named, members))
 
     def look(self, *, first: bool) -> None:
-        """Make the reads of a look; the first one reads CPU times of vCPUs and what every process is, too."""
+        """Make the reads of a look; the first one reads what every process is, too."""
         for pid in os.listdir("/proc"):
             if first and pid.isdigit():
                 with contextlib.suppress(OSError):
                     read(f"/proc/{pid}/stat")
-        for pidfile, pid, named, vcpus, members in self.guests:
+        for pidfile, pid, named, members in self.guests:
             fd = os.open(pidfile, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             fcntl.fcntl(fd, fcntl.F_GETLK, _LOCK)
             os.close(fd)
@@ -81,8 +80,6 @@ class Bare:
             for name in os.listdir(f"/proc/{pid}/task"):
                 tid = int(name)
                 read(f"/proc/{pid}/task/{tid}/stat")
-                if first and tid in vcpus:
-                    read(f"/proc/{pid}/task/{tid}/schedstat")
                 if tid in named:
                     read(f"/proc/{pid}/task/{tid}/cgroup")
                 os.sched_getscheduler(tid)

@@ -117,7 +117,7 @@ def hotplug(before: Snapshot, host: Host) -> Iterator[Record]:
         yield Record(Kind.HOTPLUG, f"pCPU {come} came online", Level.NOTICE, fields)
     if gone:
         yield Record(Kind.HOTPLUG, f"pCPU {gone} went offline", Level.WARNING, fields)
-    for guest in before.guests:
+    for guest in before.guests if gone else ():
         for thread in guest.threads:
             had = thread.now.cpus & before.host.online
             if had and had <= gone:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from rtpind.core.identify import SETTLE_S
 from rtpind.core.ledger import Process
 from rtpind.core.model import Guest, Placement, Role, Snapshot, Thread, ThreadId
 
@@ -70,13 +71,20 @@ class OffPlace:
 class Start:
     """What is known of one guest process: vCPUs whose start is not over, and those whose is.
 
-    ``resumed``: all vCPUs were in their cgroups at a look. ``over``: None for what was not measured (the guest ran
-    before rtpind did, or is not managed). CPU times of these are not read any more.
+    ``resumed``: all vCPUs were in their cgroups at a look. ``over``: None for what was not measured, as the guest was
+    not managed then.
     """
 
     resumed: bool = False
     open: Mapping[ThreadId, OffPlace] = field(default_factory=dict)
     over: Mapping[ThreadId, OffPlace | None] = field(default_factory=dict)
+
+    def due(self, thread: ThreadId, age_s: float) -> bool:
+        """Return whether a vCPU's CPU time is to be read, seconds after its thread began.
+
+        An old one of which nothing is known ran before rtpind did, and its start is not to be seen any more.
+        """
+        return thread in self.open or (age_s < SETTLE_S and thread not in self.over)
 
     def spent(self, thread: ThreadId) -> OffPlace | None:
         """Return what is known of a vCPU; None where it is not measured."""
@@ -93,12 +101,14 @@ def account(before: Starts, snapshot: Snapshot, decision: Decision, readings: Se
     """
     if not snapshot.ran:
         return before
-    read = {(id_.pid, id_.pid_start) for id_ in snapshot.ran}
+    steps: dict[Process, list[Reading]] = {(id_.pid, id_.pid_start): [] for id_ in snapshot.ran}
+    for reading in readings:
+        steps[(reading.id.pid, reading.id.pid_start)].append(reading)
     found = dict(before)
     for guest in decision.guests:
-        if guest.guest.process in read:
-            start = _looked(before.get(guest.guest.process), guest, snapshot)
-            found[guest.guest.process] = _stepped(start, guest, readings)
+        process = guest.guest.process
+        if process in steps:
+            found[process] = _stepped(_looked(before.get(process), guest, snapshot), guest, steps[process])
     return found
 
 
@@ -119,10 +129,11 @@ def _looked(start: Start | None, found: GuestDecision, snapshot: Snapshot) -> St
     """Return a guest's start after the look of this pass."""
     guest = found.guest
     vcpus = [thread for thread in guest.threads if thread.role is Role.VCPU and thread.id in snapshot.ran]
-    if not found.state.managed or (start is None and not guest.young):
-        over = dict(start.over) if start is not None else {}
-        return Start(True, {}, over | {thread.id: None for thread in vcpus if thread.id not in over})
-    start = start or Start()
+    if start is None:  # in a guest that is not young, a thread is a hot-plugged vCPU if others are there already
+        there = any(thread.settled for thread in guest.threads if thread.role is Role.VCPU)
+        start = Start(resumed=there and not guest.young)
+    if not found.state.managed:
+        return Start(True, {}, {**{thread.id: None for thread in vcpus}, **start.over})
     resumed = start.resumed or not _before_resume(guest)
     accounts: dict[ThreadId, OffPlace] = {}
     for thread in vcpus:

@@ -186,9 +186,10 @@ class Reconciler:
 
     def _say_started(self, snapshot: Snapshot, before: Starts) -> None:
         """Send the off-place time of vCPUs whose start is over as of this pass."""
-        guests = {guest.process: guest for guest in snapshot.guests}
-        for process, spent in ended(before, self.memory.starts):
-            self.emit(of_start(guests[process], spent))
+        over = dict(ended(before, self.memory.starts))
+        for guest in snapshot.guests if over else ():
+            if guest.process in over:
+                self.emit(of_start(guest, over[guest.process]))
 
     def _prune(self, snapshot: Snapshot) -> None:
         ledger, guests = self._kept

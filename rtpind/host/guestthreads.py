@@ -13,11 +13,12 @@ from types import MappingProxyType
 
 from rtpind.core.identify import SETTLE_S, Sighting
 from rtpind.core.model import Kind, ThreadId
-from rtpind.core.offplace import Starts
+from rtpind.core.offplace import Start, Starts
 from rtpind.host.cgroup import Cgroups, Groups, parse
 from rtpind.host.proc import TICKS, Proc, Stat, parse_stat, placed
 
 _NONE: Starts = MappingProxyType({})
+_UNKNOWN = Start()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class GuestThreads:
     def look(self, pid: int, uptime: float, starts: Starts = _NONE) -> tuple[int, list[Sighting]] | None:
         """Return the start time and all threads of the guest whose QEMU is ``pid``.
 
-        ``starts``: which vCPUs' CPU time is not to be read, as their start is over. None when the guest is gone, or not
+        ``starts``: of which vCPUs the CPU time is to be read. None when the guest is gone, or not
         yet in the emulator cgroup in which libvirt starts it (before that, libvirt still sets its affinity). Threads
         that end meanwhile are left out.
         """
@@ -75,8 +76,7 @@ class GuestThreads:
         if home.leaf != "emulator":
             return None
         guest = _Guest(pid, start, raw_home, home)
-        begun = starts.get((pid, start))
-        over = begun.over if begun is not None else ()
+        begun = starts.get((pid, start), _UNKNOWN)
         known = last.threads if last is not None else {}
         own = set(tids)
         others = [tid for tid in self._cgroups.threads(home) if tid not in own]
@@ -84,7 +84,7 @@ class GuestThreads:
         kernel = [tid for tid in self._proc.kernel_threads.named(*names) if tid not in others]
         for kind, members in ((Kind.QEMU, tids), (Kind.PROCESS, others), (Kind.KERNEL, kernel)):
             for tid in members:
-                seen = self._see(guest, tid, kind, known.get(tid), uptime, over)
+                seen = self._see(guest, tid, kind, known.get(tid), uptime, begun)
                 if seen is None:
                     continue
                 # The names are from the last scan: a number that was reused since is somebody else's.
@@ -95,24 +95,23 @@ class GuestThreads:
         return start, [seen.sighting for seen in guest.threads.values()]
 
     def _see(
-        self, guest: _Guest, tid: int, kind: Kind, last: _Seen | None, uptime: float, over: Collection[ThreadId]
+        self, guest: _Guest, tid: int, kind: Kind, last: _Seen | None, uptime: float, begun: Start
     ) -> _Seen | None:
         """Read one thread; ``last``: what was seen of that number at the last look."""
         qemu, raw_groups, groups, ran_ns = kind is Kind.QEMU, b"", guest.home, None
         try:
             raw_stat = self._proc.raw_stat(guest.pid, tid) if qemu else self._proc.raw_stat(tid)
             stat = last.stat if last is not None and last.raw_stat == raw_stat else parse_stat(raw_stat)
+            age_s = min(uptime - stat.start / TICKS, SETTLE_S)
             if qemu and stat.comm.startswith(("CPU ", "IO iothread")):
-                if stat.comm.startswith("CPU "):
-                    id_ = ThreadId(guest.pid, guest.start, tid, stat.start)
-                    # Before its cgroup, which tells whether it has run as a guest yet.
-                    ran_ns = None if id_ in over else self._proc.ran_ns(id_)
+                id_ = ThreadId(guest.pid, guest.start, tid, stat.start)
+                if stat.comm.startswith("CPU ") and begun.due(id_, age_s):
+                    ran_ns = self._proc.ran_ns(id_)  # before its cgroup, which tells whether it can have run a guest
                 raw_groups = self._cgroups.text(guest.pid, tid)
                 groups = last.groups if last is not None and last.raw_groups == raw_groups else parse(raw_groups)
             policy, allowed = self._proc.policy(tid), self._proc.affinity(tid)
         except (FileNotFoundError, ProcessLookupError):
             return None  # anything else (no more files, no memory) does not mean that it has ended
-        age_s = min(uptime - stat.start / TICKS, SETTLE_S)
         kind = Kind.KERNEL if stat.kernel else Kind.QEMU if qemu else Kind.PROCESS
         if last is not None:
             then = last.sighting

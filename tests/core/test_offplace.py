@@ -17,6 +17,7 @@ from rtpind.core.placement import place
 PROCESS = (PID, START)
 GUEST = guest("rt-1", vcpus=1, iothreads=0, young=True)
 VCPU = find(GUEST, "vcpu 0").id
+SPENT = OffPlace(0.0, 1, affine=True, scheduled=True)
 RELEASED = Ledger(hands_off={GUEST.uuid: Off(HandsOff.RELEASED, PROCESS)})
 
 #: Where the vCPU is at a look. ``waits``: in no cgroup of its own yet.
@@ -155,19 +156,45 @@ def test_a_hot_plugged_vcpu_has_a_start_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("of", "ledger"),
     [
-        (replace(GUEST, young=False), Ledger()),
         (replace(GUEST, name="other"), Ledger()),
         (GUEST, RELEASED),
     ],
-    ids=["adopted", "unmanaged", "released"],
+    ids=["unmanaged", "released"],
 )
 def test_what_is_not_measured(of: Guest, ledger: Ledger) -> None:
-    """A guest that ran before the daemon, or that is not managed: its vCPUs are not read again, and nothing is told."""
+    """A guest that is not managed: its vCPUs are not read again, and nothing is told."""
     found = look({}, of, 10, ledger=ledger)
 
     assert found == {PROCESS: Start(True, {}, {VCPU: None})}
     assert found[PROCESS].spent(VCPU) is None
     assert list(ended({}, found)) == []
+
+
+@pytest.mark.parametrize(
+    ("start", "age_s", "due"),
+    [
+        (Start(), 9.9, True),
+        (Start(), 10.0, False),
+        (Start(open={VCPU: SPENT}), 10.0, True),
+        (Start(over={VCPU: SPENT}), 1.0, False),
+        (Start(over={VCPU: None}), 1.0, False),
+    ],
+)
+def test_when_a_cpu_time_is_read(start: Start, age_s: float, due: bool) -> None:
+    """While the thread is young, or its start is not over; never of a guest that ran before the daemon did."""
+    assert start.due(VCPU, age_s) is due
+
+
+def test_a_vcpu_that_is_plugged_into_a_guest_of_before_is_measured() -> None:
+    """The guest is not young, so the first look at its thread is at a running guest, moved or not."""
+    new = thread(role=Role.VCPU, index=1, settled=False)
+    plugged = replace(at("right"), young=False, threads=(*at("right").threads, new))
+    found = look({}, plugged, {new.id: 40})
+    assert found[PROCESS].spent(new.id) == OffPlace(
+        0.0, 40, affine=False, scheduled=False, affinity_ns=40, scheduling_ns=40
+    )
+    late = replace(at("waits"), young=False)  # its memory took long to allocate
+    assert look({}, late, 40)[PROCESS].spent(VCPU) == OffPlace(0.0, 40, affine=False, scheduled=False)
 
 
 def test_a_guest_that_is_released_while_it_starts_is_not_measured() -> None:
@@ -195,4 +222,3 @@ def test_a_step_on_a_vcpu_of_which_nothing_is_known_counts_for_nobody() -> None:
     found = look(over, at("off"), {other: 1}, 2.0, steps=(("right", 99),))
 
     assert found[PROCESS].over == over[PROCESS].over
-    assert OffPlace(0.0, 1, affine=True, scheduled=False).right is False

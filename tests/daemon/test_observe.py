@@ -188,7 +188,7 @@ def test_cpu_times_are_of_vcpus_that_are_looked_at(tmp_path, hold, tids):
     files |= guest(second.pid, {tids[2]: ("CPU 0/KVM", "vcpu0")})
     files |= {f"proc/{pid}/task/{tid}/schedstat": f"{tid} 0 1\n" for pid, tid in ((first.pid, tids[0]),
                                                                               (second.pid, tids[2]))}  # fmt: skip
-    made = observer(tmp_path, **files)
+    made = observer(tmp_path, **files, **{"proc/uptime": "9.0 0.0\n"})
     domains = {"u1": "a", "u2": "b"}
 
     def ran(memory=None, **more):

@@ -47,11 +47,11 @@ def fake(root, **calls):
     return Proc(root, **calls)
 
 
-def sightings(root, **calls):
+def sightings(root, uptime=100.0, **calls):
     """Look at guest PID in the tree, with the kernel threads scanned; return its sightings by tid."""
     proc = fake(root, **calls)
     proc.kernel_threads.scan()
-    found = GuestThreads(proc, Cgroups(root)).look(PID, 100.0)
+    found = GuestThreads(proc, Cgroups(root)).look(PID, uptime)
     return None if found is None else {one.id.tid: one for one in found[1]}
 
 
@@ -153,7 +153,7 @@ def test_a_guest_is_seen_with_all_its_threads(tmp_path):
 def test_the_cpu_time_of_a_vcpu_is_read(tmp_path, text, ran_ns):
     """The first field of schedstat, of vCPUs alone; a kernel that does not count says 0."""
     more = {} if text is None else {f"proc/{PID}/task/{tid}/schedstat": text for tid in (1000, 1001, 1002)}
-    seen = sightings(guest_tree(tmp_path, **more))
+    seen = sightings(guest_tree(tmp_path, **more), uptime=10.0)
 
     assert {tid: one.ran_ns for tid, one in seen.items() if tid != 1001} == dict.fromkeys({*seen} - {1001})
     assert seen[1001].ran_ns == ran_ns
@@ -166,7 +166,7 @@ def test_the_cpu_time_of_a_vcpu_whose_start_is_over_is_not_read(tmp_path):
     vcpu = ThreadId(PID, 500, 1001, 510)
 
     def ran(process, *over):
-        found = GuestThreads(fake(root), Cgroups(root)).look(PID, 100.0, {process: Start(over=dict.fromkeys(over))})
+        found = GuestThreads(fake(root), Cgroups(root)).look(PID, 10.0, {process: Start(over=dict.fromkeys(over))})
         return next(one.ran_ns for one in found[1] if one.id == vcpu)
 
     assert ran((PID, 500), vcpu) is None
