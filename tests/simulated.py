@@ -59,6 +59,7 @@ class World:
         self.on_call: Callable[[Thread], None] = lambda _: None  # before each system call
         self.after_call: Callable[[], None] = lambda: None
         self.seen: dict[str, Guest] = {}
+        self.ran: dict[int, int] = {}  # tid → CPU time in ns, of those that the kernel tells it of
 
     def __repr__(self) -> str:
         """Return a table of the threads, for a failing test to show."""
@@ -214,6 +215,10 @@ class World:
             guests = old | {uuid: guest for uuid, guest in guests.items() if uuid in only}
         guests = {uuid: old if (old := self.seen.get(uuid)) == guest else guest for uuid, guest in guests.items()}
         self.seen = guests
+        read = {uuid for uuid in guests if only is None or uuid in only}
+        over = {id_ for start in memory.starts.values() for id_ in start.over}
+        told = [one for one in found.threads() if one.role is Role.VCPU and one.guest in read and one.id not in over]
+        found = replace(found, ran={one.id: self.ran[one.id.tid] for one in told if one.id.tid in self.ran})
         return replace(found, guests=tuple(sorted(guests.values(), key=lambda guest: (guest.name, guest.uuid))))
 
     @property
@@ -231,7 +236,7 @@ class World:
                 raise ProcessLookupError(pid)
             return SimpleNamespace(start=starts[pid])
 
-        return SimpleNamespace(stat=stat)
+        return SimpleNamespace(stat=stat, ran_ns=lambda id_: self.ran.get(id_.tid))
 
 
 class Disk:

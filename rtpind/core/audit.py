@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from rtpind.core.model import Guest, Host, Limits, Placement, Thread
+from rtpind.core.cpuset import CpuSet
+from rtpind.core.model import Guest, Host, Limits, Placement, Thread, ThreadId
+from rtpind.core.offplace import OffPlace
 from rtpind.core.plan import Reason, Step
 
 _FORBIDDEN = "EPERM: a security module forbids it (SELinux setsched, AppArmor, or a seccomp filter of the unit)"
@@ -26,6 +28,7 @@ class Kind(Enum):
     REFUSED = "6424e3d64f094ff7af9d9399e66ef853"  # the kernel refused or narrowed a step
     FIFO_WITHHELD = "908e6d1deafb4d6fb7470f3367250358"  # FIFO is not given, and why
     NOT_PLACED = "8b28c34318004980acac6f707ea613fa"  # a guest, or one of its threads, has no room
+    STARTED = "aee0b8ff9a7d4f4c8f2e94ea2d2f6dd1"  # a guest's start, or the hotplug of vCPUs, is over: off-place time
     FIGHT = "48bacb9be3f94e6d860e6f5cdd13081f"  # something else keeps moving a thread; paused
     INTRUDER = "21e77d58d6b448a0a5818acde980a9ed"  # a thread may run on somebody's exclusive pCPU and is not moved
     CONTESTED = "871a7f13a7f744f7a620e4cd246a7a25"  # two threads claim one vCPU or iothread
@@ -120,6 +123,23 @@ def of_outcome(outcome: Outcome, guest: Guest, host: Host) -> Record | None:
         fields["ERRNO"] = str(outcome.error)
     text = f"{who}: {what} {outcome.result}: {cause}"
     return Record(kind=Kind.REFUSED, message=text, level=Level.WARNING, fields=fields | {"CAUSE": cause})
+
+
+def of_start(guest: Guest, spent: Mapping[ThreadId, OffPlace]) -> Record:
+    """Return the record of vCPUs whose start is over, with their off-place time."""
+    vcpus = CpuSet(thread.index for thread in guest.threads if thread.id in spent and thread.index is not None)
+    affinity = sum(one.affinity_ns for one in spent.values())
+    scheduling = sum(one.scheduling_ns for one in spent.values())
+    placed = all(one.right for one in spent.values())
+    text = f"{guest.name}: vCPU {vcpus} started, at most {affinity / 1e6:.3f} ms of CPU time off its pCPUs and "
+    text += f"{scheduling / 1e6:.3f} ms without its scheduling" + ("" if placed else "; not on its place yet")
+    fields = guest_fields(guest) | {
+        "VCPUS": str(vcpus),
+        "OFF_AFFINITY_NS": str(affinity),
+        "OFF_SCHED_NS": str(scheduling),
+        "RESULT": "placed" if placed else "not-placed",
+    }
+    return Record(Kind.STARTED, text, Level.INFO if placed else Level.NOTICE, fields)
 
 
 def thread_fields(thread: Thread, guest: Guest) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rtpind.core.law import may_share
 from rtpind.core.memory import Wanted
-from rtpind.core.model import Guest, Role, ThreadId
+from rtpind.core.model import Guest, Role, Thread, ThreadId
 from rtpind.core.policy import Drift
 
 if TYPE_CHECKING:
@@ -68,6 +68,33 @@ class GuestDecision:
             for vcpu in vcpus
             for other in threads
         )
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether it has all that its class asks for, and every thread of it is where it should be."""
+        return (
+            self.state is State.PLACED
+            and not self.roomless
+            and not any(wanted.withheld for wanted in self.wanted.values())
+            and all(thread.id in self.wanted for thread in self.guest.threads)
+            and self.at_rest
+        )
+
+    @cached_property
+    def unsettled(self) -> bool:
+        """Whether libvirt has yet to move one of its threads, as far as can be told."""
+        return self.guest.starting or not self.moved
+
+    @cached_property
+    def moved(self) -> bool:
+        """Whether libvirt has moved every thread that it moves into its cgroup."""
+        return all(thread.settled for thread in self.guest.threads)
+
+    @cached_property
+    def strangers(self) -> tuple[Thread, ...]:
+        """The realtime threads of it that are not for rtpind to place."""
+        threads = (thread for thread in self.guest.threads if thread.id not in self.wanted)
+        return tuple(thread for thread in threads if thread.now.scheduling.realtime)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

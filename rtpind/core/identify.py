@@ -26,7 +26,8 @@ _LEAF = re.compile(r"(vcpu|iothread)(\d{1,5})", re.ASCII)
 class Sighting:
     """One thread as the host showed it. ``leaf``: last part of its cgroup, "" where its cgroups disagree.
 
-    ``age_s``: seconds since the thread began. ``worker``: made by the kernel (PF_KTHREAD or PF_USER_WORKER).
+    ``age_s``: seconds since the thread began, SETTLE_S from then on. ``worker``: made by the kernel (PF_KTHREAD or
+    PF_USER_WORKER). ``ran_ns``: its CPU time, where that was asked for and is known.
     """
 
     id: ThreadId
@@ -38,6 +39,7 @@ class Sighting:
     movable: bool = True
     worker: bool = False
     age_s: float = 0.0
+    ran_ns: int | None = None
 
 
 Incumbents = Mapping[tuple[tuple[int, int], str], ThreadId]
@@ -91,6 +93,19 @@ def identify(
         young=any(sighting.id.tid == process[0] and sighting.age_s < SETTLE_S for sighting in sightings),
         contested=tuple(sorted(contested)),
         doubtful=tuple(sorted(fresh)),
+    )
+
+
+def settled(guest: Guest, incumbents: Incumbents) -> bool:
+    """Return whether :func:`identify` would say the same of the same sightings again.
+
+    It does when nobody's id is in doubt, and everybody who has one has it by right of the last look.
+    """
+    process = guest.process
+    return not (guest.doubtful or guest.contested) and all(
+        incumbents.get((process, thread.label)) == thread.id
+        for thread in guest.threads
+        if thread.index is not None and thread.settled
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rtpind.core.cpuset import CpuSet
+from rtpind.core.cpuset import NO_CPUS, CpuSet
 from rtpind.core.model import Placement, Role, Sched, Thread, ThreadId
 
 
@@ -24,12 +24,17 @@ def may_share(vcpu: Thread, vcpu_now: Placement, other: Thread, other_now: Place
 
 
 class State:
-    """Where each thread is, as last read; indexed by pCPU, so that a step costs no walk over all threads."""
+    """Where each thread is, as last read; indexed, so that a step costs no walk over all threads.
+
+    By mask, of which there are few: thousands of threads float on the same pCPUs. FIFO vCPUs also by pCPU.
+    """
 
     def __init__(self, threads: Iterable[Thread]) -> None:
         self._threads: dict[ThreadId, Thread] = {}
         self._now: dict[ThreadId, Placement] = {}
-        self._on: dict[int, set[ThreadId]] = {}
+        self._on: dict[CpuSet, set[ThreadId]] = {}
+        self._fifo: dict[int, set[ThreadId]] = {}  # pCPU → the FIFO vCPUs that may run there, if any
+        self._fifo_cpus = NO_CPUS
         for thread in threads:
             self._threads[thread.id] = thread
             self.update(thread.id, thread.now)
@@ -41,17 +46,24 @@ class State:
     def update(self, thread: ThreadId, now: Placement | None) -> None:
         """Note what the kernel answered; None: the thread is gone."""
         before = self._now.pop(thread, None)
+        vcpu = self._threads[thread].role is Role.VCPU
         if before is not None:
-            for cpu in before.cpus:
-                self._on[cpu].discard(thread)
+            self._on[before.cpus].discard(thread)
+            if vcpu and before.scheduling.realtime:
+                for cpu in before.cpus:
+                    self._fifo[cpu].discard(thread)
+                self._fifo_cpus -= CpuSet(cpu for cpu in before.cpus if not self._fifo[cpu])
         if now is not None:
             self._now[thread] = now
-            for cpu in now.cpus:
-                self._on.setdefault(cpu, set()).add(thread)
+            self._on.setdefault(now.cpus, set()).add(thread)
+            if vcpu and now.scheduling.realtime:
+                for cpu in now.cpus:
+                    self._fifo.setdefault(cpu, set()).add(thread)
+                self._fifo_cpus |= now.cpus
 
     def beside(self, cpus: CpuSet, but: ThreadId) -> list[Thread]:
         """Return the threads other than ``but`` that may run on any of ``cpus``, in a stable order."""
-        found = {id_ for cpu in cpus for id_ in self._on.get(cpu, ()) if id_ != but}
+        found = {id_ for mask, ids in self._on.items() if mask & cpus for id_ in ids if id_ != but}
         return [self._threads[id_] for id_ in sorted(found)]
 
     def shares(self, vcpu: Thread, now: Placement) -> list[Thread]:
@@ -62,9 +74,10 @@ class State:
 
     def intrudes(self, thread: Thread, now: Placement) -> list[Thread]:
         """Return the FIFO vCPUs beside which ``thread`` would newly, and unlawfully, run as in ``now``."""
+        near = {id_ for cpu in now.cpus & self._fifo_cpus for id_ in self._fifo[cpu] if id_ != thread.id}
         return [
             vcpu
-            for vcpu in self.beside(now.cpus, thread.id)
+            for vcpu in (self._threads[id_] for id_ in sorted(near))
             if self._breaks(vcpu, thread, now) and not self._breaks(vcpu, thread, self._now.get(thread.id))
         ]
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from rtpind.core.audit import Outcome, Result, refusal_text
-from rtpind.core.decision import Decision
+from rtpind.core.decision import Decision, GuestDecision
 from rtpind.core.memory import FIGHT_WINDOW_S, Memory, Refusal, Wanted, conditions
 from rtpind.core.model import Placement, Snapshot, Thread, ThreadId
+from rtpind.core.offplace import Reading, account
 from rtpind.core.plan import Phase, Plan, Reason, in_place
 
 #: A guest must have been right this long before a thread found elsewhere counts as moved by somebody: while a
@@ -18,10 +19,44 @@ SETTLED_S = 0.1
 
 
 def learn(
+    memory: Memory,
+    snapshot: Snapshot,
+    decision: Decision,
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    finished: float,
+    readings: Sequence[Reading] = (),
+) -> Memory:
+    """Return what the daemon knows after a pass.
+
+    ``finished``: monotonic seconds when the last step was read back. ``readings``: CPU times after steps on vCPUs.
+    """
+    # No plan has a step for a calm guest: everybody with a place is on it.
+    loud = tuple(
+        found
+        for found in decision.guests
+        if (process := found.guest.process) not in memory.calm or memory.decided[process] is not found
+    )
+    gone = memory.decided.keys() - {found.guest.process for found in decision.guests}
+    starts = account(memory.starts, snapshot, decision, readings)
+    if gone:
+        starts = {process: start for process, start in starts.items() if process not in gone}
+    if len(loud) == len(decision.guests):
+        taught = _taught(memory.pruned(snapshot), snapshot, decision, plan, outcomes, finished)
+    elif not loud and not gone:
+        taught = memory
+    else:  # what is known of the others stands
+        theirs, others = memory.split(gone | {found.guest.process for found in loud}, loud)
+        part = replace(snapshot, guests=tuple(found.guest for found in loud))
+        theirs = theirs.pruned(part)
+        taught = others.joined(_taught(theirs, part, replace(decision, guests=loud), plan, outcomes, finished))
+    return taught if taught.starts is starts else replace(taught, starts=starts)
+
+
+def _taught(
     memory: Memory, snapshot: Snapshot, decision: Decision, plan: Plan, outcomes: Sequence[Outcome], finished: float
 ) -> Memory:
-    """Return what the daemon knows after a pass. ``finished``: monotonic seconds when the last step was read back."""
-    memory = memory.pruned(snapshot)
+    """Return what a pass over all these guests leaves of what was known of them, and adds to it."""
     wanted = decision.wanted()
     after = {outcome.step.thread.id: outcome.after for outcome in outcomes if outcome.after is not None}
     applied = [outcome for outcome in outcomes if outcome.result is Result.APPLIED]
@@ -40,7 +75,7 @@ def learn(
     for thread in plan.fighters:
         fights[thread.id] = memory.next_pause(thread.id, finished)
         repairs.pop(thread.id, None)
-    return replace(
+    taught = replace(
         taught,
         incumbents=_incumbents(memory, snapshot.threads()),
         doubtful=frozenset(
@@ -52,7 +87,16 @@ def learn(
         repairs=repairs,
         fights=fights,
         owed=_owed(memory, snapshot.threads(), wanted, after, demoted),
+        decided={found.guest.process: found for found in decision.guests},
     )
+    return replace(taught, calm=frozenset(found.guest.process for found in decision.guests if _calm(found, taught)))
+
+
+def _calm(found: GuestDecision, memory: Memory) -> bool:
+    """Return whether learning of the same decision once more, when nothing was done, would change nothing."""
+    if any(thread.id in memory.refused for thread in found.guest.threads):
+        return False
+    return not found.wanted or (found.at_rest and memory.verified.issuperset(found.wanted))
 
 
 def _incumbents(memory: Memory, threads: Iterable[Thread]) -> dict[tuple[tuple[int, int], str], ThreadId]:

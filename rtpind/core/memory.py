@@ -7,12 +7,18 @@ was refused (to ask again only when something changed), who fights, and what was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.ledger import Process
 from rtpind.core.model import Host, Limits, Placement, Sched, Snapshot, Thread, ThreadId
+from rtpind.core.offplace import Starts
+
+if TYPE_CHECKING:
+    from rtpind.core.decision import GuestDecision
 
 #: A fight: this many repairs of one thread in this time …
 FIGHT_REPAIRS = 3
@@ -100,6 +106,9 @@ class Memory:
     fights: Mapping[ThreadId, Fight] = field(default_factory=dict)
     owed: frozenset[ThreadId] = frozenset()  # FIFO that rtpind has yet to give, or took away itself
     said: frozenset[tuple[object, ...]] = frozenset()  # records that stand until what they say changes
+    starts: Starts = field(default_factory=dict)  # off-place time
+    decided: Mapping[Process, GuestDecision] = field(default_factory=dict)  # by the last pass: ``places`` is of these
+    calm: frozenset[Process] = frozenset()  # of those: a pass that decides the same teaches nothing new of them
 
     def fighting(self, thread: ThreadId, now: float) -> bool:
         """Return whether the thread is paused because of a fight."""
@@ -126,6 +135,28 @@ class Memory:
                 return refusal
         return None
 
+    def split(self, processes: AbstractSet[Process], found: Iterable[GuestDecision]) -> tuple[Memory, Memory]:
+        """Return what is remembered of some guests, as decided before and as ``found`` now, and of all others.
+
+        What stands and what is measured is not divided: the others have it.
+        """
+        guests = [self.decided[process].guest for process in processes if process in self.decided]
+        guests += [one.guest for one in found]
+        ids = {thread.id for guest in guests for thread in guest.threads}
+        theirs: dict[str, Any] = {name: _of(getattr(self, name), ids) for name in _BY_THREAD}
+        theirs |= {name: _of(getattr(self, name), processes) for name in _BY_PROCESS}
+        others: dict[str, Any] = {name: _but(getattr(self, name), ids) for name in _BY_THREAD}
+        others |= {name: _but(getattr(self, name), processes) for name in _BY_PROCESS}
+        keys = {key for key in (*self.incumbents, *self.doubtful) if key[0] in processes}
+        for name in _BY_LABEL:
+            theirs[name], others[name] = _of(getattr(self, name), keys), _but(getattr(self, name), keys)
+        return Memory(**theirs), replace(self, **others)
+
+    def joined(self, other: Memory) -> Memory:
+        """Return what is remembered of some guests and of others."""
+        names = (*_BY_THREAD, *_BY_PROCESS, *_BY_LABEL)
+        return replace(self, **{name: getattr(self, name) | getattr(other, name) for name in names})
+
     def pruned(self, snapshot: Snapshot) -> Memory:
         """Return the memory without threads and guests that are gone."""
         alive = {thread.id for thread in snapshot.threads()}
@@ -141,4 +172,24 @@ class Memory:
             refused={id_: entries for id_, entries in self.refused.items() if id_ in alive},
             repairs={id_: times for id_, times in self.repairs.items() if id_ in alive},
             fights={id_: fight for id_, fight in self.fights.items() if id_ in alive},
+            starts={process: start for process, start in self.starts.items() if process in running},
         )
+
+
+#: What keys the parts of a memory have.
+_BY_THREAD = ("places", "verified", "refused", "repairs", "fights", "owed")
+_BY_PROCESS = ("right_since", "decided", "calm")
+_BY_LABEL = ("incumbents", "doubtful")
+
+
+def _of(part: Any, keys: AbstractSet[Any]) -> Any:
+    return part & keys if isinstance(part, frozenset) else {key: part[key] for key in keys if key in part}
+
+
+def _but(part: Any, keys: AbstractSet[Any]) -> Any:
+    if isinstance(part, frozenset):
+        return part - keys
+    rest = dict(part)
+    for key in keys:
+        rest.pop(key, None)
+    return rest

@@ -33,6 +33,8 @@ def standing(
     guests = {guest.guest.uuid: guest.guest for guest in decision.guests}
     for found in decision.guests:
         yield from _of_guest(found)
+        if found.in_order and not any(thread.id in memory.fights for thread in found.guest.threads if memory.fights):
+            continue  # every thread of it is ok
         for thread in found.guest.threads:
             yield from _of_thread(thread, found, decision, memory, snapshot)
     for outcome in outcomes:
@@ -75,8 +77,13 @@ _LOST = {
 }
 
 
+_SAID = (*_LOST, State.UNCLAIMED)
+
+
 def _of_guest(found: GuestDecision) -> Iterator[Notice]:
     guest, key = found.guest, (found.guest.uuid, found.guest.process)
+    if found.state not in _SAID and not guest.contested:
+        return
     fields = guest_fields(guest) | {"RULE": found.rule, "REASON": found.reason, "RESULT": str(found.state)}
     if found.state in _LOST:
         text = f"{guest.name}: {_LOST[found.state].format(found.reason)}"
@@ -111,7 +118,7 @@ def hotplug(before: Snapshot, host: Host) -> Iterator[Record]:
         yield Record(Kind.HOTPLUG, f"pCPU {come} came online", Level.NOTICE, fields)
     if gone:
         yield Record(Kind.HOTPLUG, f"pCPU {gone} went offline", Level.WARNING, fields)
-    for guest in before.guests:
+    for guest in before.guests if gone else ():
         for thread in guest.threads:
             had = thread.now.cpus & before.host.online
             if had and had <= gone:

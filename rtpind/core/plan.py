@@ -91,9 +91,8 @@ def make(decision: Decision, snapshot: Snapshot, memory: Memory) -> Plan:
     steps: list[Step] = []
     drifted: list[tuple[Thread, Wanted]] = []
     fighters: list[Thread] = []
-    again = {guest.uuid for guest in snapshot.guests if guest.doubtful or _unsettled(guest)}
-    placed = decision.wanted()
-    strangers = [thread for thread in snapshot.threads() if thread.id not in placed and thread.now.scheduling.realtime]
+    again = {found.guest.uuid for found in decision.guests if found.guest.doubtful or found.unsettled}
+    strangers = [thread for found in decision.guests for thread in found.strangers]
     for guest in decision.guests:
         if not guest.state.managed or guest.at_rest:
             continue
@@ -171,10 +170,6 @@ def main_thread(guest: Guest) -> ThreadId:
 def follows_main(thread: Thread) -> bool:
     """Return whether a thread without an original is released to what its main thread had."""
     return thread.helper and thread.index is None and thread.movable
-
-
-def _unsettled(guest: Guest) -> bool:
-    return guest.starting or any(not thread.settled for thread in guest.threads)
 
 
 class _Guest:

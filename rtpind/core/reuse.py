@@ -79,8 +79,11 @@ def _calm(found: GuestDecision, now: Inputs) -> bool:
     return (
         found.state is State.PLACED
         and not found.roomless
-        and all(memory.places.get(id_) is wanted for id_, wanted in found.wanted.items())
-        and (found.pending or all(thread.settled for thread in found.guest.threads))
+        and (
+            memory.decided.get(found.guest.process) is found  # else piece by piece
+            or all(memory.places.get(id_) is wanted for id_, wanted in found.wanted.items())
+        )
+        and (found.pending or found.moved)
         and not (memory.refused and any(thread.id in memory.refused for thread in found.guest.threads))
     )
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _guest(guest: Mapping[str, Any], *, policy: bool) -> None:
     title = f"{guest['name']}  (pid {guest['pid']}"
     if policy:
         title += f", {guest['state']}" + (f", class {guest['class']}" if guest["class"] else "")
-    title += ")" + (f": {guest['reason']}" if guest["reason"] else "")
+    title += ")" + (f": {guest['reason']}" if guest["reason"] else "") + _off_place(guest["threads"])
     rows = []
     for thread in guest["threads"]:
         row: list[str | Text] = [show.thread_name(thread), str(thread["tid"]), thread["comm"]]
@@ -97,6 +97,15 @@ def _guest(guest: Mapping[str, Any], *, policy: bool) -> None:
         rows.append(row)
     columns = ["thread", "tid", "name", "is on pCPU", *(["wanted", "verdict"] if policy else []), "notes"]
     show.table(columns, rows, title=title)
+
+
+def _off_place(threads: Iterable[Mapping[str, Any]]) -> str:
+    """Return what is known of a guest's start, for people; "" where it was not measured."""
+    spent = [thread["off_place"] for thread in threads if thread["off_place"] is not None]
+    if not spent:
+        return ""
+    affinity, scheduling = (sum(one[key] for one in spent) / 1e6 for key in ("affinity_ns", "scheduling_ns"))
+    return f"; off place at start: pCPU {affinity:.3f} ms, scheduling {scheduling:.3f} ms"
 
 
 def verify(options: argparse.Namespace) -> int:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from rtpind.core.commandline import bound_nodes
 from rtpind.core.cpuset import NO_CPUS, CpuSet
-from rtpind.core.identify import identify
+from rtpind.core.identify import Sighting, identify, settled
 from rtpind.core.ledger import Process
 from rtpind.core.memory import Memory
-from rtpind.core.model import Guest, Host, Snapshot, Traits
+from rtpind.core.model import Guest, Host, Snapshot, ThreadId, Traits
 from rtpind.host import pidfile
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.foreign import Foreign
+from rtpind.host.guestthreads import GuestThreads
 from rtpind.host.proc import Proc
 from rtpind.host.sysfs import HostFacts
 
@@ -30,12 +31,14 @@ class Observer:
     def __init__(self, root: Path = Path("/"), run_dir: Path = pidfile.RUN_DIR) -> None:
         self.proc = Proc(root)
         self.cgroups = Cgroups(root)
+        self.threads = GuestThreads(self.proc, self.cgroups)
         self.facts = HostFacts(self.cgroups, self.proc, root)
         self.foreign = Foreign(self.proc)
         self._run_dir = run_dir
         self._last: dict[str, Guest] = {}
         self._told: dict[str, tuple[Process, Traits | str]] = {}
         self._bound: dict[str, tuple[Process, CpuSet]] = {}  # what QEMU's command line says, which stays the same
+        self._known: dict[str, tuple[list[Sighting], Guest]] = {}  # what was sighted of a guest last, and found in it
         self._scanned = float("-inf")
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
@@ -47,24 +50,27 @@ class Observer:
         host = self.facts.read()
         uptime = self.proc.uptime()
         found: dict[str, Guest] = {}
+        ran: dict[ThreadId, int] = {}
         for uuid, name in domains.items():
             if only is not None and uuid not in only:
                 guest = self._last.get(uuid)
             else:
-                guest = self._guest(uuid, name, memory, uptime)
+                guest = self._guest(uuid, name, memory, uptime, ran)
                 if guest is not None and len(host.topology.nodes) > 1:
                     guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
             last = self._last.get(uuid)
-            if guest is not None:
-                found[uuid] = last if last == guest else guest  # the same object tells: nothing to decide
+            if guest is not None:  # the same object tells: nothing to decide
+                found[uuid] = guest if last is guest or last != guest else last
         self._last = found
         self._told = {uuid: entry for uuid, entry in self._told.items() if uuid in domains}
         self._bound = {uuid: entry for uuid, entry in self._bound.items() if uuid in domains}
+        self._known = {uuid: entry for uuid, entry in self._known.items() if uuid in domains}
+        self.threads.keep({guest.pid for guest in found.values()})
         ours = {thread.id.tid for guest in found.values() for thread in guest.threads}
         ours |= {guest.pid for guest in found.values()}
         host = replace(host, busy=self.foreign.busy(host, ours, anew=only is None))
         guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
-        return Snapshot(host=host, guests=guests, time=time.monotonic())
+        return Snapshot(host=host, guests=guests, time=time.monotonic(), ran=ran)
 
     def process_of(self, name: str) -> Process | None:
         """Return which process the guest ``name`` is now; None when it does not run."""
@@ -105,34 +111,15 @@ class Observer:
             return last.nodes if last is not None and last.process == guest.process else NO_CPUS
         return NO_CPUS if self.proc.has_hugetlb(guest.pid) else self.cgroups.nodes(guest.pid)
 
-    def _bound_nodes(self, guest: Guest) -> CpuSet:
-        """Return the nodes that QEMU's command line binds memory to. Before its vCPUs begin it may not be QEMU yet."""
-        if guest.starting:
-            return NO_CPUS
-        process, nodes = self._bound.get(guest.uuid, (None, NO_CPUS))
-        if process != guest.process:
-            nodes = bound_nodes(self.proc.cmdline(guest.pid))
-            self._bound[guest.uuid] = (guest.process, nodes)
-        return nodes
-
-    def _guest(self, uuid: str, name: str, memory: Memory, uptime: float) -> Guest | None:
+    def _guest(self, uuid: str, name: str, memory: Memory, uptime: float, ran: dict[ThreadId, int]) -> Guest | None:
         pid = pidfile.pid_of(name, self._run_dir)
-        seen = None if pid is None else self.proc.sightings(pid, self.cgroups, uptime)
+        seen = None if pid is None else self.threads.look(pid, uptime, memory.starts)
         if pid is None or seen is None:
             return None
         start, sightings = seen
-        guest = identify(
-            uuid=uuid,
-            name=name,
-            process=(pid, start),
-            sightings=sightings,
-            incumbents=memory.incumbents,
-            doubtful=memory.doubtful,
-        )
-        process, told = self._told.get(uuid, (None, None))
-        if process == guest.process:
-            guest = replace(guest, unreadable=told) if isinstance(told, str) else replace(guest, traits=told)
-        if not any(thread.id in memory.refused for thread in guest.threads):
+        ran |= {sighting.id: sighting.ran_ns for sighting in sightings if sighting.ran_ns is not None}
+        guest = self._identified(uuid, name, (pid, start), sightings, memory)
+        if not memory.refused or not any(thread.id in memory.refused for thread in guest.threads):
             return guest
         threads = tuple(
             replace(thread, limits=self.cgroups.limits(thread.id.pid, thread.id.tid, thread.kind))
@@ -141,3 +128,28 @@ class Observer:
             for thread in guest.threads
         )
         return replace(guest, threads=threads)
+
+    def _identified(self, uuid: str, name: str, process: Process, sightings: list[Sighting], memory: Memory) -> Guest:
+        """Return who is who in a guest, with its traits; as found last time where that cannot have changed."""
+        of, told = self._told.get(uuid, (None, None))
+        traits = told if of == process and isinstance(told, Traits) else None
+        unreadable = told if of == process and isinstance(told, str) else ""
+        known = self._known.get(uuid)
+        if known is not None and known[0] == sightings:
+            guest = known[1]
+            same = guest.name == name and guest.process == process
+            same = same and guest.traits is traits and guest.unreadable == unreadable
+            if same and settled(guest, memory.incumbents):
+                return guest
+        guest = identify(
+            uuid=uuid,
+            name=name,
+            process=process,
+            sightings=sightings,
+            incumbents=memory.incumbents,
+            doubtful=memory.doubtful,
+        )
+        if traits is not None or unreadable:
+            guest = replace(guest, traits=traits, unreadable=unreadable)
+        self._known[uuid] = (sightings, guest)
+        return guest

@@ -6,9 +6,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from operator import is_
 
 from rtpind.core import plan as planning
-from rtpind.core.audit import Kind, Level, Outcome, Record, Result, guest_fields, of_outcome
+from rtpind.core.audit import Kind, Level, Outcome, Record, Result, guest_fields, of_outcome, of_start
 from rtpind.core.decision import Decision
 from rtpind.core.learn import learn
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off, Process
@@ -16,6 +17,7 @@ from rtpind.core.measures import Tally
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest, Snapshot, Thread
 from rtpind.core.notices import fight, hotplug, standing
+from rtpind.core.offplace import Reading, Starts, ended
 from rtpind.core.placement import place
 from rtpind.core.plan import Plan
 from rtpind.core.policy import Mode, Policy
@@ -59,6 +61,7 @@ class Reconciler:
         self._seen: Snapshot | None = None  # by the last pass
         self._decided: Decision | None = None  # by the last pass
         self.tally = Tally()
+        self._kept: tuple[Ledger | None, tuple[Guest, ...]] = (None, ())  # a ledger that knows only of these guests
         self._unwritable = ""  # why the ledger could not be written, as last said
 
     def open_ledger(self) -> None:
@@ -96,26 +99,34 @@ class Reconciler:
             for record in hotplug(self._seen, view.snapshot.host):
                 self.emit(record)
         self._seen, self._decided = view.snapshot, view.decision
-        outcomes = self._act(view)
-        memory = self.memory
-        self.memory = learn(memory, view.snapshot, view.decision, view.plan, outcomes, self.clock())
+        readings: list[Reading] = []
+        outcomes = self._act(view, readings)
+        before = self.memory.starts
+        self.memory = learn(self.memory, view.snapshot, view.decision, view.plan, outcomes, self.clock(), readings)
         self._say(view, outcomes)
+        self._say_started(view.snapshot, before)
         self._prune(view.snapshot)
         return view
 
-    def _act(self, view: View) -> list[Outcome]:
+    def _act(self, view: View, readings: list[Reading]) -> list[Outcome]:
+        """Carry out the plan, as far as it is to be; add CPU times of vCPUs whose start is not over, read after it."""
         if not view.plan.steps:
             return []
         if not self.enforcing:
             return pretend(view.plan)
         if not self._record(view):
             return []
-        return self._apply(view.plan, view.snapshot)
+        return self._apply(view.plan, view.snapshot, readings)
 
-    def _apply(self, plan: Plan, snapshot: Snapshot) -> list[Outcome]:
+    def _apply(self, plan: Plan, snapshot: Snapshot, readings: list[Reading] | None = None) -> list[Outcome]:
         guests = {guest.uuid: guest for guest in snapshot.guests}
 
         def say(outcome: Outcome) -> None:
+            id_ = outcome.step.thread.id
+            if readings is not None and outcome.after is not None and id_ in snapshot.ran:
+                ran_ns = self.observer.proc.ran_ns(id_)
+                if ran_ns is not None:
+                    readings.append(Reading(id_, outcome.after, ran_ns))
             record = of_outcome(outcome, guests[outcome.step.thread.guest], snapshot.host)
             if record is not None and outcome.result is not Result.BLOCKED:  # that stands: see _say
                 self.emit(record)
@@ -173,10 +184,22 @@ class Reconciler:
                 self.emit(record)
         self.memory = replace(self.memory, said=frozenset(notices))
 
+    def _say_started(self, snapshot: Snapshot, before: Starts) -> None:
+        """Send the off-place time of vCPUs whose start is over as of this pass."""
+        over = dict(ended(before, self.memory.starts))
+        for guest in snapshot.guests if over else ():
+            if guest.process in over:
+                self.emit(of_start(guest, over[guest.process]))
+
     def _prune(self, snapshot: Snapshot) -> None:
+        ledger, guests = self._kept
+        same = len(snapshot.guests) == len(guests) and all(map(is_, snapshot.guests, guests))
+        if same and ledger is self.ledger and not ledger.hands_off:
+            return  # the same threads of the same guests
         seen = {guest.process for guest in snapshot.guests}
         gone = frozenset(process for process in self.ledger.processes() - seen if not self._alive(process))
         self._keep(self.ledger.pruned(snapshot, gone, time.time()))
+        self._kept = (None if self.ledger.processes() - seen else self.ledger, snapshot.guests)
 
     def _alive(self, process: Process) -> bool:
         try:

@@ -11,6 +11,7 @@ from rtpind.core.cpuset import CpuSet
 from rtpind.core.decision import Decision, GuestDecision
 from rtpind.core.memory import Memory, Wanted
 from rtpind.core.model import Guest, Host, Snapshot, Thread
+from rtpind.core.offplace import OffPlace
 from rtpind.core.plan import Plan
 from rtpind.core.policy import HOUSEKEEPING, Policy, Rule, pool_cpus
 from rtpind.core.verdict import Verdict, hazards, judge
@@ -95,10 +96,12 @@ def status(
     guests = []
     for guest in snapshot.guests:
         found = decided.get(guest.uuid)
+        start = memory.starts.get(guest.process) if memory is not None else None
         threads = []
         for thread in sorted(guest.threads, key=_display):
             row = _thread(thread, found.wanted.get(thread.id) if found else None)
             row["hazards"] = dangers.get(thread.id, [])
+            row["off_place"] = _off_place(start.spent(thread.id) if start else None)
             if found and decision and memory is not None:
                 verdict, why = judge(thread, found, decision, memory, snapshot)
                 row |= {"verdict": str(verdict), "why": why}
@@ -148,6 +151,10 @@ def _thread(thread: Thread, wanted: Wanted | None) -> dict[str, Any]:
         "verdict": None,
         "why": "",
     }
+
+
+def _off_place(spent: OffPlace | None) -> dict[str, int] | None:
+    return None if spent is None else {"affinity_ns": spent.affinity_ns, "scheduling_ns": spent.scheduling_ns}
 
 
 def not_ok(document: Mapping[str, Any]) -> list[dict[str, Any]]:

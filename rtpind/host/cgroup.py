@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rtpind.core.cpuset import CpuListError, CpuSet
 from rtpind.core.model import Kind, Limits
+from rtpind.host.kernelfile import read
 
 #: A node counts from this share of a guest's memory: interleaved over eight nodes each still does, and the heap of
 #: QEMU or a few pages that went elsewhere do not.
@@ -48,10 +49,12 @@ class Groups:
         return leaves.pop() if len(leaves) == 1 else ""
 
 
-def parse(text: str) -> Groups:
-    """Read the text of /proc/PID/cgroup."""
+def parse(raw: bytes) -> Groups:
+    """Read the content of /proc/PID/cgroup."""
     paths: dict[str, str] = {}
-    for line in text.split("\n"):  # not splitlines(): a cgroup's name may hold what that takes for a line's end
+    for line in raw.decode("utf-8", "replace").split(
+        "\n"
+    ):  # not splitlines(): a cgroup's name may hold what that takes for a line's end
         _, _, rest = line.partition(":")
         controllers, found, path = rest.partition(":")
         if not found:
@@ -71,8 +74,11 @@ class Cgroups:
 
     def of(self, pid: int, tid: int) -> Groups:
         """Return the cgroups of a thread. Raises OSError (ESRCH, ENOENT) when it is gone."""
-        with open(f"{self._proc}/{pid}/task/{tid}/cgroup", encoding="utf-8", errors="replace") as file:
-            return parse(file.read())
+        return parse(self.text(pid, tid))
+
+    def text(self, pid: int, tid: int) -> bytes:
+        """Return what :func:`parse` reads. Raises OSError when the thread is gone."""
+        return read(f"{self._proc}/{pid}/task/{tid}/cgroup")
 
     def threads(self, groups: Groups) -> list[int]:
         """Return the tids in the same cgroup: ``tasks`` on version 1, ``cgroup.threads`` on 2; empty when gone."""
@@ -80,9 +86,10 @@ class Cgroups:
             mount, path = self.mounts.get(controller), groups.paths.get(controller, "/")
             if mount is None or path == "/":
                 continue
-            text = _read(f"{mount}{path}/{name}")
-            if text is not None:
-                return [int(tid) for tid in text.split()]
+            try:
+                return [int(tid) for tid in read(f"{mount}{path}/{name}").split()]
+            except OSError:
+                continue
         return []
 
     def limits(self, pid: int, tid: int, kind: Kind = Kind.QEMU) -> Limits:

@@ -16,7 +16,7 @@ _FLOCK = "hhqqi4x"  # struct flock on 64-bit Linux: l_type, l_whence, l_start, l
 RUN_DIR = Path("/run/libvirt/qemu")
 
 
-def holder(path: Path) -> int | None:
+def holder(path: Path | str) -> int | None:
     """Return the pid of the process that holds the lock on ``path``; None when nobody does or there is no file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hold us up
@@ -34,7 +34,7 @@ def holder(path: Path) -> int | None:
 
 def pid_of(name: str, run_dir: Path = RUN_DIR) -> int | None:
     """Return the pid of the guest ``name``; None when it does not run."""
-    return holder(run_dir / f"{name}.pid") if "/" not in name else None
+    return holder(f"{run_dir}/{name}.pid") if "/" not in name else None
 
 
 def running(run_dir: Path = RUN_DIR) -> dict[str, int]:

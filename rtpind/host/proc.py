@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtpind.core.cpuset import CpuSet
-from rtpind.core.identify import Sighting
 from rtpind.core.model import Kind, Placement, Sched, Scheduling, ThreadId
-from rtpind.host.cgroup import Cgroups, Groups
+from rtpind.host.kernelfile import read
 
 # include/linux/sched.h
 _PF_USER_WORKER = 0x00004000
@@ -55,6 +54,16 @@ class Stat:
         """Whether it is a kernel thread."""
         return bool(self.flags & _PF_KTHREAD)
 
+    @property
+    def worker(self) -> bool:
+        """Whether the kernel made it: a thread of its own, or one of a process (vhost, io_uring)."""
+        return bool(self.flags & (_PF_KTHREAD | _PF_USER_WORKER))
+
+    @property
+    def movable(self) -> bool:
+        """Whether the kernel lets its affinity change."""
+        return not self.flags & _PF_NO_SETAFFINITY
+
 
 def parse_stat(text: bytes) -> Stat:
     """Read one stat line. The name stands in brackets and may itself hold any of ``) (``: the last one counts."""
@@ -64,6 +73,12 @@ def parse_stat(text: bytes) -> Stat:
     return Stat(comm, int(fields[1]), int(fields[6]), int(fields[19]), int(fields[37]), int(fields[38]))
 
 
+def placed(stat: Stat, policy: int, allowed: Iterable[int]) -> Placement:
+    """Return a placement from stat, sched_getscheduler(2), which alone tells RESET_ON_FORK, and affinity."""
+    scheduling = Scheduling(_POLICIES.get(stat.policy, Sched.OTHER), stat.priority, bool(policy & RESET_ON_FORK))
+    return Placement(CpuSet(allowed), scheduling)
+
+
 class Proc:
     """/proc below ``root``. ``affinity`` and ``scheduler`` are the two system calls that read a thread's placement."""
 
@@ -71,7 +86,7 @@ class Proc:
         self,
         root: Path = Path("/"),
         *,
-        affinity: Callable[[int], Iterable[int]] = os.sched_getaffinity,
+        affinity: Callable[[int], Collection[int]] = os.sched_getaffinity,
         scheduler: Callable[[int], int] = os.sched_getscheduler,
     ) -> None:
         self._proc = str(root / "proc")
@@ -81,19 +96,23 @@ class Proc:
 
     def stat(self, pid: int, tid: int | None = None) -> Stat:
         """Return the stat of a thread (of a process' main thread without ``tid``). Raises OSError when gone."""
-        where = f"{self._proc}/{pid}/stat" if tid is None else f"{self._proc}/{pid}/task/{tid}/stat"
-        with open(where, "rb") as file:
-            return parse_stat(file.read())
+        return parse_stat(self.raw_stat(pid, tid))
+
+    def raw_stat(self, pid: int, tid: int | None = None) -> bytes:
+        """Return the stat line itself. Raises OSError when gone."""
+        return read(f"{self._proc}/{pid}/stat" if tid is None else f"{self._proc}/{pid}/task/{tid}/stat")
 
     def placement(self, tid: int, stat: Stat) -> Placement:
         """Return where a thread is allowed and how it is scheduled. Raises OSError when it is gone."""
-        reset = bool(self._scheduler(tid) & RESET_ON_FORK)
-        scheduling = Scheduling(_POLICIES.get(stat.policy, Sched.OTHER), stat.priority, reset)
-        return Placement(CpuSet(self._affinity(tid)), scheduling)
+        return placed(stat, self.policy(tid), self.affinity(tid))
+
+    def policy(self, tid: int) -> int:
+        """Return what sched_getscheduler(2) says of a thread. Raises OSError when it is gone."""
+        return self._scheduler(tid)
 
     def affinity(self, tid: int) -> Collection[int]:
         """Return the pCPUs that a thread may run on. Raises OSError when it is gone."""
-        return set(self._affinity(tid))
+        return self._affinity(tid)
 
     def pids(self) -> list[int]:
         """Return every process id."""
@@ -137,53 +156,16 @@ class Proc:
         except OSError:
             return False
 
-    def sightings(self, pid: int, cgroups: Cgroups, uptime: float) -> tuple[int, list[Sighting]] | None:
-        """Return the start time and all threads of the guest whose QEMU is ``pid``.
+    def ran_ns(self, thread: ThreadId) -> int | None:
+        """Return the CPU time of a QEMU's thread in ns; None where it is gone, or the kernel does not know.
 
-        None when it is gone, or not yet in the emulator cgroup in which libvirt starts it (before that, libvirt
-        still sets its affinity). Threads that end meanwhile are left out.
+        The first field of schedstat. The kernel counts up to the last tick of a thread that runs right now, and all of
+        one that sleeps or has just been moved or given another scheduling. Without CONFIG_SCHED_INFO it says 0.
         """
         try:
-            start = self.stat(pid).start
-            home = cgroups.of(pid, pid)
-            tids = self.tids(pid)
-        except OSError:
+            return int(read(f"{self._proc}/{thread.pid}/task/{thread.tid}/schedstat").split()[0]) or None
+        except (OSError, LookupError):
             return None
-        if home.leaf != "emulator":
-            return None
-        found = [self._sight(pid, start, tid, Kind.QEMU, cgroups, uptime, home) for tid in tids]
-        own = set(tids)
-        others = [tid for tid in cgroups.threads(home) if tid not in own]
-        found += [self._sight(pid, start, tid, Kind.PROCESS, cgroups, uptime, home) for tid in others]
-        names = (f"vhost-{pid}", f"kvm-pit/{pid}")
-        kernel = [tid for tid in self.kernel_threads.named(*names) if tid not in others]
-        sighted = [self._sight(pid, start, tid, Kind.KERNEL, cgroups, uptime, home) for tid in kernel]
-        # The names are from the last scan: a number that was reused since is somebody else's.
-        found += [one for one in sighted if one and one.kind is Kind.KERNEL and one.comm in names]
-        return start, [sighting for sighting in found if sighting is not None]
-
-    def _sight(
-        self, pid: int, start: int, tid: int, kind: Kind, cgroups: Cgroups, uptime: float, home: Groups
-    ) -> Sighting | None:
-        try:
-            stat = self.stat(pid, tid) if kind is Kind.QEMU else self.stat(tid)
-            groups = home
-            if kind is Kind.QEMU and stat.comm.startswith(("CPU ", "IO iothread")):
-                groups = cgroups.of(pid, tid)
-            now = self.placement(tid, stat)
-        except (FileNotFoundError, ProcessLookupError):
-            return None  # anything else (no more files, no memory) does not mean that it has ended
-        return Sighting(
-            id=ThreadId(pid, start, tid, stat.start),
-            kind=Kind.KERNEL if stat.kernel else Kind.QEMU if kind is Kind.QEMU else Kind.PROCESS,
-            comm=stat.comm,
-            now=now,
-            leaf=groups.leaf,
-            cgroup=groups.path,
-            movable=not stat.flags & _PF_NO_SETAFFINITY,
-            worker=bool(stat.flags & (_PF_KTHREAD | _PF_USER_WORKER)),
-            age_s=uptime - stat.start / TICKS,
-        )
 
 
 class KernelThreads:
@@ -194,6 +176,7 @@ class KernelThreads:
     def __init__(self, proc: Proc) -> None:
         self._proc = proc
         self._names: dict[int, str] = {}  # pid → name, "" for what is no kernel thread
+        self._pids: dict[str, list[int]] = {}  # the other way round
         self._scans = 0
 
     def scan(self) -> None:
@@ -212,14 +195,17 @@ class KernelThreads:
                 if stat.comm != "kthreadd" or pid == 2:  # else it has not been given its name yet
                     names[pid] = stat.comm if stat.kernel else ""
         self._names = names
+        self._pids = {}
+        for pid, name in names.items():
+            self._pids.setdefault(name, []).append(pid)
 
     def named(self, *names: str) -> list[int]:
         """Return the pids of the kernel threads with one of these names."""
-        return sorted(pid for pid, name in self._names.items() if name in names)
+        return sorted(pid for name in names for pid in self._pids.get(name, ()))
 
     def others(self) -> list[int]:
         """Return the pids of processes: of the last scan what is no kernel thread."""
-        return sorted(pid for pid, name in self._names.items() if not name)
+        return sorted(self._pids.get("", ()))
 
     def lowest_priority(self, cpu: int, kinds: Iterable[str]) -> int | None:
         """Return the lowest FIFO priority among the threads ``KIND/CPU``, 0 for one that is not FIFO; None: none."""

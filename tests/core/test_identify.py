@@ -3,10 +3,10 @@
 
 import pytest
 from factories import PID, START, cpus, fifo, sighting
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from rtpind.core.identify import SETTLE_S, Sighting, identify
+from rtpind.core.identify import SETTLE_S, Sighting, identify, settled
 from rtpind.core.model import Kind, Placement, Role, ThreadId
 
 unhurried = settings(deadline=None, max_examples=50)  # a busy machine is no failure
@@ -352,3 +352,27 @@ def test_order_of_the_threads_does_not_matter(crowd, random):
 
     assert labels(one) == labels(two)
     assert (one.contested, one.doubtful) == (two.contested, two.doubtful)
+
+
+@settings(deadline=None, max_examples=200)
+@given(random=st.randoms(use_true_random=False))
+def test_a_settled_guest_is_found_the_same_again(random):
+    """The same sightings say the same, whatever else was learned, when everybody has his id already."""
+    comms, leaves = ["CPU 0/KVM", "CPU 1/KVM", "IO iothread1", "worker"], ["vcpu0", "vcpu1", "iothread1", "emulator"]
+    seen = [
+        sighting(random.choice(comms), tid=PID + number, leaf=random.choice(leaves), age_s=random.choice([YOUNG, OLD]))
+        for number in range(random.randint(1, 6))
+    ]
+    labels = ["vcpu 0", "vcpu 1", "iothread 1"]
+
+    def known():
+        incumbents = {(PROCESS, label): random.choice(seen).id for label in labels if random.randrange(2)}
+        return {"incumbents": incumbents, "doubtful": [label for label in labels if random.randrange(2)]}
+
+    guest, later = look(*seen, **known()), known()
+    for thread in guest.threads if random.randrange(2) else ():
+        if thread.settled and thread.index is not None:
+            later["incumbents"][(PROCESS, thread.label)] = thread.id
+    if settled(guest, later["incumbents"]):
+        event("settled")
+        assert look(*seen, **later) == guest

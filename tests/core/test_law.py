@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 from factories import cpus, fifo, guest, thread, thread_id
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from simulated import World, violations
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.law import State, may_share
-from rtpind.core.model import OTHER, Host, Placement, Role, Sched, Scheduling, Thread
+from rtpind.core.model import OTHER, Host, Placement, Role, Sched, Scheduling, Thread, ThreadId
 
 VCPU = thread(role=Role.VCPU, on="2", scheduling=fifo(3))
 OWN = thread(on="0-1")
@@ -108,6 +110,44 @@ def test_the_state_follows_what_the_kernel_answered() -> None:
 
     assert state.now(OWN.id) is None
     assert state.beside(CpuSet(range(8)), VCPU.id) == []
+
+
+PLACES = st.builds(
+    Placement,
+    st.frozensets(st.integers(0, 2), min_size=1).map(CpuSet),
+    st.sampled_from([OTHER, fifo(1), fifo(2), Scheduling(Sched.RR, 1)]),
+)
+CAST = [*guest(vcpus=2, helpers=2).threads, *guest("rt-2", pid=2000, vcpus=2).threads]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.sampled_from(CAST), st.none() | PLACES), min_size=6, max_size=30),
+    st.sampled_from(CAST),
+    PLACES,
+)
+def test_what_is_looked_up_is_what_is_there(
+    steps: list[tuple[Thread, Placement | None]], thread: Thread, now: Placement
+) -> None:
+    """However threads moved, who is beside whom, and upon whom a step intrudes, is as a walk over all of them finds."""
+    state = State(CAST)
+    where: dict[ThreadId, Placement | None] = {one.id: one.now for one in CAST}
+    for one, place in steps:
+        state.update(one.id, place)
+        where[one.id] = place
+
+    there = [one for one in sorted(CAST, key=lambda one: one.id) if one.id != thread.id and where[one.id] is not None]
+    beside = [one for one in there if where[one.id].cpus & now.cpus]  # type: ignore[union-attr]
+    assert state.beside(now.cpus, thread.id) == beside
+
+    def breaks(vcpu: Thread, place: Placement | None) -> bool:
+        at_now = where[vcpu.id]
+        if place is None or at_now is None or vcpu.role is not Role.VCPU or not at_now.scheduling.realtime:
+            return False
+        return bool(place.cpus & at_now.cpus) and not may_share(vcpu, at_now, thread, place)
+
+    expected = [one for one in beside if breaks(one, now) and not breaks(one, where[thread.id])]
+    assert state.intrudes(thread, now) == expected
 
 
 def test_every_violation_is_found() -> None:

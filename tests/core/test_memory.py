@@ -21,6 +21,7 @@ from rtpind.core.memory import (
     conditions,
 )
 from rtpind.core.model import OTHER, Limits, Placement, Role, Sched, Scheduling
+from rtpind.core.offplace import Start
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -188,6 +189,7 @@ def test_pruned_forgets_threads_and_guests_that_are_gone():
             fights=dict.fromkeys(ids, fight),
             owed=frozenset(ids),
             said=frozenset({("no-fifo", dead)}),
+            starts={process: Start() for _, process in those},
         )
 
     assert memory((alive, here), (dead, gone)).pruned(snapshot(guest())) == memory((alive, here))

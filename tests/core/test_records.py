@@ -14,6 +14,7 @@ from rtpind.core.audit import (
     Outcome,
     Result,
     of_outcome,
+    of_start,
     protection_unknown,
     refusal_text,
 )
@@ -22,6 +23,7 @@ from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory, Wanted
 from rtpind.core.model import OTHER, Guest, Host, Limits, Placement, Snapshot
 from rtpind.core.notices import fight, standing
+from rtpind.core.offplace import OffPlace
 from rtpind.core.placement import place
 from rtpind.core.plan import Phase, Plan, Reason, Step, make
 from rtpind.core.policy import Drift, Policy
@@ -43,6 +45,22 @@ def outcome(
         scheduling=fifo() if scheduling else None,
     )
     return Outcome(step=step, result=result, before=VCPU.now, error=error, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("scheduled", "end", "level", "result"),
+    [(True, "", Level.INFO, "placed"), (False, "; not on its place yet", Level.NOTICE, "not-placed")],
+)
+def test_a_start_says_what_was_spent_off_place(scheduled: bool, end: str, level: Level, result: str) -> None:
+    """Added up over the vCPUs, by affinity and by scheduling."""
+    two = guest("rt-1", vcpus=3)
+    right = OffPlace(0.0, 10**9, affine=True, scheduled=True, affinity_ns=1_500_000, scheduling_ns=2_000_000)
+    record = of_start(two, {find(two, "vcpu 0").id: right, find(two, "vcpu 2").id: replace(right, scheduled=scheduled)})
+
+    text = "rt-1: vCPU 0,2 started, at most 3.000 ms of CPU time off its pCPUs and 4.000 ms without its scheduling"
+    assert (record.kind, record.level, record.message) == (Kind.STARTED, level, text + end)
+    spent = {"VCPUS": "0,2", "OFF_AFFINITY_NS": "3000000", "OFF_SCHED_NS": "4000000", "RESULT": result}
+    assert record.fields == spent | {"GUEST": "rt-1", "GUEST_UUID": two.uuid, "PID": str(two.pid)}
 
 
 @pytest.mark.parametrize("result", [Result.VANISHED, Result.DEFERRED])

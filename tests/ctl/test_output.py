@@ -83,6 +83,19 @@ def test_a_verdict_and_its_place_are_shown(made, daemon, run):
     assert vcpu[6:] == ["fifo:1", vcpu[5], "fifo:1", "ok"]
 
 
+def test_off_place_time_is_shown(made, daemon, run):
+    """What was measured of a guest's start stands behind its name, added up; of others nothing does."""
+    document = made.status()
+    vcpus = [thread for guest in document["guests"] for thread in guest["threads"] if thread["role"] == "vcpu"]
+    assert [thread["off_place"] for thread in vcpus] == [None] * len(vcpus)
+    daemon({"ok": document})
+    assert "off place" not in run("status")[1]
+
+    for thread in document["guests"][0]["threads"][:2]:
+        thread["off_place"] = {"affinity_ns": 0, "scheduling_ns": 1_250_000}
+    assert run("status")[1].count("; off place at start: pCPU 0.000 ms, scheduling 2.500 ms") == 1
+
+
 def test_hazards_are_marked(made, daemon, run):
     """What is dangerous stands behind a mark, with and without a policy."""
     for document in (made.status(), made.bare()):

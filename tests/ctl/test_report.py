@@ -11,6 +11,7 @@ from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory
 from rtpind.core.model import Role
 from rtpind.core.placement import place
+from rtpind.core.offplace import OffPlace, Start
 from rtpind.core.topology import Topology
 from rtpind.daemon import report
 
@@ -146,6 +147,20 @@ def test_a_status_without_a_policy_judges_nothing(made):
         (None, None, None)
     }
     assert any("leaked" in text for thread in threads for text in thread["hazards"])
+
+
+def test_a_status_tells_off_place_time(made):
+    """Of the vCPUs of which it is known, while a start lasts and afterwards; of no other thread."""
+    one = made.snapshot.guests[-1]
+    vcpus = [thread.id for thread in one.threads if thread.role is Role.VCPU]
+    spent = OffPlace(0.0, 10, affine=True, scheduled=False, affinity_ns=4, scheduling_ns=5)
+    start = Start(True, open={vcpus[0]: spent}, over={vcpus[1]: None})
+    document = made.status(memory=Memory(starts={one.process: start}))
+
+    validate("status", document)
+    found = {thread["tid"]: thread["off_place"] for guest in document["guests"] for thread in guest["threads"]}
+    assert found.pop(vcpus[0].tid) == {"affinity_ns": 4, "scheduling_ns": 5}
+    assert set(found.values()) == {None}
 
 
 def test_a_status_tells_each_guest_apart(made):

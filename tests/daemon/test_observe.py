@@ -12,7 +12,8 @@ from trees import V2, make_tree, process, stat_line, until
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.memory import Memory, Refusal, Wanted
-from rtpind.core.model import Kind, Role, Traits
+from rtpind.core.model import Kind, Role, ThreadId, Traits
+from rtpind.core.offplace import Start
 from rtpind.daemon.observe import Observer
 
 HOST = {
@@ -180,6 +181,30 @@ def test_a_guest_that_is_dropped_is_not_shown(tmp_path, hold, tids):
     assert made.look({}, Memory()).guests == ()
 
 
+def test_cpu_times_are_of_vcpus_that_are_looked_at(tmp_path, hold, tids):
+    """Of guests seen as last time, and of vCPUs whose start is over, nothing is read; the guests stay the same."""
+    first, second = hold("a"), hold("b")
+    files = guest(first.pid, {tids[0]: ("CPU 0/KVM", "vcpu0"), tids[1]: ("IO iothread1", "iothread1")})
+    files |= guest(second.pid, {tids[2]: ("CPU 0/KVM", "vcpu0")})
+    files |= {f"proc/{pid}/task/{tid}/schedstat": f"{tid} 0 1\n" for pid, tid in ((first.pid, tids[0]),
+                                                                              (second.pid, tids[2]))}  # fmt: skip
+    made = observer(tmp_path, **files, **{"proc/uptime": "9.0 0.0\n"})
+    domains = {"u1": "a", "u2": "b"}
+
+    def ran(memory=None, **more):
+        return {id_.tid: ran_ns for id_, ran_ns in made.look(domains, memory or Memory(), **more).ran.items()}
+
+    assert ran() == {tids[0]: tids[0], tids[2]: tids[2]}
+    assert ran(only={"u1"}) == {tids[0]: tids[0]}
+    over = Start(over={ThreadId(first.pid, 500, tids[0], 500): None})
+    assert ran(Memory(starts={(first.pid, 500): over})) == {tids[2]: tids[2]}
+    before = made.look(domains, Memory())
+    make_tree(tmp_path, {f"proc/{first.pid}/task/{tids[0]}/schedstat": "77 0 1\n"})
+    after = made.look(domains, Memory())
+    assert after.guests[0] is before.guests[0]
+    assert 77 in after.ran.values()
+
+
 def test_limits_are_read_for_refused_threads_alone(tmp_path, hold, tids):
     """What fences a thread in is looked up only where the kernel refused something."""
     child = hold("a")
@@ -213,6 +238,17 @@ def test_the_memory_decides_who_is_who(tmp_path, hold, tids):
         tids[0]: "vcpu 0",
         tids[1]: "emulator",
     }
+
+
+def test_what_is_in_doubt_is_looked_at_anew(tmp_path, hold, tids):
+    """Two threads claim a vCPU at two looks: that nothing else has changed in between says nothing of them."""
+    child = hold("a")
+    made = observer(tmp_path, **guest(child.pid, {tids[0]: ("CPU 0/KVM", "vcpu0"), tids[1]: ("CPU 0/KVM", "vcpu0")}))
+    (first,) = made.look({"u1": "a"}, Memory()).guests
+    (second,) = made.look({"u1": "a"}, Memory(doubtful=frozenset({(first.process, "vcpu 0")}))).guests
+
+    assert (first.doubtful, first.contested) == (("vcpu 0",), ())
+    assert (second.doubtful, second.contested) == ((), ("vcpu 0",))
 
 
 def test_traits_are_of_the_process_that_they_were_told_of(tmp_path, hold, tids):

@@ -14,7 +14,7 @@ from simulated import Disk, Killed, World
 
 from rtpind.core.audit import Kind, Level, Record
 from rtpind.core.ledger import EVERYONE, HandsOff, Ledger, Off
-from rtpind.core.model import OTHER, Guest, Placement, Role, Sched, Scheduling
+from rtpind.core.model import OTHER, Guest, Placement, Role, Sched, Scheduling, Thread
 from rtpind.core.policy import Drift, Mode, Policy
 from rtpind.daemon.apply import RealKernel
 from rtpind.daemon.observe import Observer
@@ -107,6 +107,46 @@ def test_two_passes_place_a_guest_and_then_nothing_is_done_or_said(daemon: Daemo
     assert daemon.file.path.stat().st_mtime_ns == written
 
 
+def test_off_place_time_is_told_once_when_a_start_is_over(file: LedgerFile) -> None:
+    """It counts from the last look before libvirt moved the vCPUs, up to the read-back of each step."""
+    world = World(host(), [guest(young=True)])
+    daemon = Daemon(world, file)
+    unsure(world)
+    world.ran = {VCPU: 1_000_000, SIBLING: 2_000_000}
+    daemon.run()
+    for tid in (VCPU, SIBLING):
+        world.change(tid, settled=True)
+        world.ran[tid] += 300_000
+
+    def count(of: Thread) -> None:  # 1 us for each call on a vCPU, and 100 us for each after a pass
+        if of.role is Role.VCPU:
+            world.ran[of.id.tid] += 1000
+
+    world.on_call = count
+    for seconds in (0.01, 0.01, 0.5):
+        daemon.run(seconds)
+        world.ran = {tid: ran_ns + 100_000 for tid, ran_ns in world.ran.items()}
+
+    assert world.where() == PLACED
+    assert daemon.said(Kind.STARTED) == []
+
+    daemon.run(1.0)
+    daemon.run(1.0)
+    (record,) = [record for record in daemon.records if record.kind is Kind.STARTED]
+
+    assert record.message == (
+        "rt-1: vCPU 0-1 started, at most 0.602 ms of CPU time off its pCPUs and 0.804 ms without its scheduling"
+    )
+    assert record.fields["RESULT"] == "placed"
+
+
+def test_a_kernel_that_does_not_count_tells_nothing(daemon: Daemon) -> None:
+    """Then there is no off-place time, and no record of it."""
+    daemon.settle()
+    assert daemon.said(Kind.STARTED) == []
+    assert daemon.reconciler.memory.starts == {}
+
+
 def test_what_threads_had_is_on_disk_before_the_first_call(daemon: Daemon) -> None:
     """Killed at the first system call, a new daemon can still put everything back."""
     before = daemon.world.where()
@@ -118,6 +158,22 @@ def test_what_threads_had_is_on_disk_before_the_first_call(daemon: Daemon) -> No
 
     assert trouble == ""
     assert {id_.tid: entry.placement for id_, entry in ledger.originals.items()} == before
+
+
+def test_a_thread_that_is_gone_leaves_the_ledger(daemon: Daemon) -> None:
+    """Whether a pass sees it go, or the ledger comes to know of one that is gone already."""
+    late = daemon.world.fork(PID)
+    daemon.settle()
+    daemon.world.exit(late)
+    daemon.run()
+
+    assert {id_.tid for id_ in daemon.reconciler.ledger.originals} == set(PLACED)
+
+    gone = daemon.world.tasks[PID].thread
+    daemon.reconciler.ledger = daemon.reconciler.ledger.recording([replace(gone, id=gone.id._replace(tid=late))])
+    daemon.run()
+
+    assert {id_.tid for id_ in daemon.reconciler.ledger.originals} == set(PLACED)
 
 
 def test_a_thread_is_written_down_when_libvirt_is_done_with_it(daemon: Daemon) -> None:

@@ -44,7 +44,7 @@ def limits_of(root, text, kind=Kind.QEMU):
 )
 def test_a_leaf_is_what_every_hierarchy_agrees_on(text, path, leaf):
     """The cpuset decides the path; the leaf is empty while libvirt moves the thread from one to the next."""
-    groups = parse(text)
+    groups = parse(text.encode())
 
     assert (groups.path, groups.leaf) == (path, leaf)
 
@@ -52,7 +52,7 @@ def test_a_leaf_is_what_every_hierarchy_agrees_on(text, path, leaf):
 @pytest.mark.parametrize("odd", ["\n", "garbage\n", "1:2\n", "::\n", "\0\n", "5:hugetlb:/x:y\n"])
 def test_an_odd_line_is_passed_over(odd):
     """Lines that are no cgroup lines change nothing about the others."""
-    groups = parse(odd + v1(VCPU, VCPU) + odd)
+    groups = parse((odd + v1(VCPU, VCPU) + odd).encode())
 
     assert (groups.path, groups.leaf) == (VCPU, "vcpu0")
 
@@ -61,7 +61,7 @@ def test_an_odd_line_is_passed_over(odd):
 def test_a_cgroup_cannot_pretend_to_be_another(end):
     """A name that holds what other programs take for the end of a line is one name."""
     forged = f"/user/x{end}9:cpuset:{VCPU}"
-    groups = parse(v1(forged, forged))
+    groups = parse(v1(forged, forged).encode())
 
     assert (groups.path, groups.leaf) == (forged, "vcpu0")
     assert groups.paths["cpu"] == forged
@@ -100,15 +100,15 @@ def test_the_threads_of_a_cgroup_are_listed(tmp_path, mountinfo, file, text):
     """Both versions name everybody in the cgroup, of whatever process."""
     root = make_tree(tmp_path, {"proc/self/mountinfo": mountinfo, file: "12\n7\n900\n"})
 
-    assert Cgroups(root).threads(parse(text)) == [12, 7, 900]
+    assert Cgroups(root).threads(parse(text.encode())) == [12, 7, 900]
 
 
 def test_a_cgroup_that_is_gone_has_no_threads(tmp_path):
     """Neither a removed cgroup nor the root (which is nobody's) has threads to speak of."""
     cgroups = Cgroups(make_tree(tmp_path, {"proc/self/mountinfo": V1, "sys/fs/cgroup/cpuset/tasks": "1\n"}))
 
-    assert cgroups.threads(parse(v1(VCPU, VCPU))) == []
-    assert cgroups.threads(parse(v1())) == []
+    assert cgroups.threads(parse(v1(VCPU, VCPU).encode())) == []
+    assert cgroups.threads(parse(v1().encode())) == []
 
 
 V1_CPUS = "sys/fs/cgroup/cpuset{}/cpuset.effective_cpus"

@@ -5,14 +5,18 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 
 import psutil
 import pytest
 from trees import HYBRID, PF_KTHREAD, PF_NO_SETAFFINITY, PF_USER_WORKER, V1, V2, make_tree, process, stat_line, until
 
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.identify import SETTLE_S
 from rtpind.core.model import Kind, Sched, Scheduling, ThreadId
+from rtpind.core.offplace import Start
 from rtpind.host.cgroup import Cgroups
+from rtpind.host.guestthreads import GuestThreads
 from rtpind.host.proc import Proc, parse_stat
 
 PID = 1000
@@ -43,11 +47,11 @@ def fake(root, **calls):
     return Proc(root, **calls)
 
 
-def sightings(root, **calls):
+def sightings(root, uptime=100.0, **calls):
     """Look at guest PID in the tree, with the kernel threads scanned; return its sightings by tid."""
     proc = fake(root, **calls)
     proc.kernel_threads.scan()
-    found = proc.sightings(PID, Cgroups(root), uptime=100.0)
+    found = GuestThreads(proc, Cgroups(root)).look(PID, uptime)
     return None if found is None else {one.id.tid: one for one in found[1]}
 
 
@@ -141,8 +145,33 @@ def test_a_guest_is_seen_with_all_its_threads(tmp_path):
     }
     assert seen[1001].id == ThreadId(1000, 500, 1001, 510)
     assert seen[1001].now.cpus == CpuSet([1001 % 8])
-    assert seen[1001].age_s == pytest.approx(100 - 510 / os.sysconf("SC_CLK_TCK"))
+    assert seen[1001].age_s == SETTLE_S
     assert [tid for tid, one in seen.items() if one.worker] == [1004]
+
+
+@pytest.mark.parametrize(("text", "ran_ns"), [("123456 78 9\n", 123456), ("0 0 0\n", None), ("", None), (None, None)])
+def test_the_cpu_time_of_a_vcpu_is_read(tmp_path, text, ran_ns):
+    """The first field of schedstat, of vCPUs alone; a kernel that does not count says 0."""
+    more = {} if text is None else {f"proc/{PID}/task/{tid}/schedstat": text for tid in (1000, 1001, 1002)}
+    seen = sightings(guest_tree(tmp_path, **more), uptime=10.0)
+
+    assert {tid: one.ran_ns for tid, one in seen.items() if tid != 1001} == dict.fromkeys({*seen} - {1001})
+    assert seen[1001].ran_ns == ran_ns
+    assert fake(tmp_path).ran_ns(seen[1001].id) == ran_ns
+
+
+def test_the_cpu_time_of_a_vcpu_whose_start_is_over_is_not_read(tmp_path):
+    """Of no other thread and no other process does that say anything."""
+    root = guest_tree(tmp_path, **{f"proc/{PID}/task/1001/schedstat": "5 0 1\n"})
+    vcpu = ThreadId(PID, 500, 1001, 510)
+
+    def ran(process, *over):
+        found = GuestThreads(fake(root), Cgroups(root)).look(PID, 10.0, {process: Start(over=dict.fromkeys(over))})
+        return next(one.ran_ns for one in found[1] if one.id == vcpu)
+
+    assert ran((PID, 500), vcpu) is None
+    assert ran((PID, 500), vcpu._replace(start=511)) == 5
+    assert ran((PID, 501), vcpu) == 5
 
 
 def test_the_other_processes_of_the_emulator_cgroup_belong_to_the_guest(tmp_path):
@@ -201,7 +230,7 @@ def test_a_number_that_was_reused_is_not_the_guests(tmp_path, now):
     proc.kernel_threads.scan()
     make_tree(root, {"proc/50/stat": now})
 
-    _, found = proc.sightings(PID, Cgroups(root), uptime=100.0)
+    _, found = GuestThreads(proc, Cgroups(root)).look(PID, 100.0)
 
     assert 50 not in {one.id.tid for one in found}
 
@@ -373,6 +402,23 @@ def test_a_real_thread_is_read_whatever_its_name(named):
     assert proc.is_still(ThreadId(os.getpid(), 0, named.tid, stat.start), Kind.QEMU, "")
 
 
+def test_the_real_cpu_time_of_a_thread_that_works_grows():
+    """On the real host: what a thread used is counted when it sleeps, and of one that is gone nothing is known."""
+    worker = Named(b"CPU 0/KVM")
+    proc = Proc()
+    id_ = ThreadId(os.getpid(), 0, worker.tid, 0)
+    here = id_._replace(tid=threading.get_native_id())
+    before, began = proc.ran_ns(here), time.thread_time()
+    while time.thread_time() - began < 0.02:
+        pass
+    used = proc.ran_ns(here) - before
+    assert proc.ran_ns(id_) > 0
+    worker.stop()
+
+    assert 10e6 < used < 10e9  # the last tick may not be counted
+    assert proc.ran_ns(id_) is None
+
+
 def test_a_real_start_time_is_that_of_psutil():
     """On the real host: the start time agrees with what another program makes of it."""
     process_ = psutil.Process()
@@ -392,7 +438,7 @@ def test_a_real_thread_that_ended_is_an_error_and_no_crash():
         with pytest.raises(OSError, match=str(child.pid)):
             ask()
     assert proc.cmdline(child.pid) == []
-    assert proc.sightings(child.pid, Cgroups(), proc.uptime()) is None
+    assert GuestThreads(proc, Cgroups()).look(child.pid, proc.uptime()) is None
     assert child.pid not in proc.pids()
 
 
@@ -401,7 +447,7 @@ def test_a_real_zombie_is_no_guest():
     child = subprocess.Popen(["true"])
     until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, "it is a zombie")
 
-    seen = Proc().sightings(child.pid, Cgroups(), Proc().uptime())
+    seen = GuestThreads(Proc(), Cgroups()).look(child.pid, Proc().uptime())
     child.wait()
 
     assert seen is None
@@ -436,6 +482,13 @@ def test_real_command_lines_and_kernel_threads_are_found():
     assert proc.kernel_threads.lowest_priority(0, ["ksoftirqd"]) == os.sched_getparam(named[0]).sched_priority
 
 
+class Housed(Cgroups):
+    """Cgroups in which every process is in an emulator cgroup of its own."""
+
+    def text(self, pid, tid):
+        return b"0::/guest/libvirt/emulator\n" if tid == pid else super().text(pid, tid)
+
+
 def test_the_threads_of_this_process_vanish_while_they_are_read():
     """On the real host: reading threads that begin and end all the time never raises."""
     stop = threading.Event()
@@ -448,16 +501,11 @@ def test_the_threads_of_this_process_vanish_while_they_are_read():
 
     worker = threading.Thread(target=churn)
     worker.start()
-    proc, cgroups = Proc(), Cgroups()
-    home = cgroups.of(os.getpid(), os.getpid())
+    threads = GuestThreads(Proc(), Housed())
     try:
-        seen = [
-            proc._sight(os.getpid(), 0, tid, Kind.QEMU, cgroups, 0.0, home)
-            for _ in range(200)
-            for tid in proc.tids(os.getpid())
-        ]
+        seen = [threads.look(os.getpid(), 0.0) for _ in range(200)]
     finally:
         stop.set()
         worker.join()
 
-    assert sum(one is not None for one in seen) >= 200
+    assert all(os.getpid() in {one.id.tid for one in sightings} for _, sightings in seen)
