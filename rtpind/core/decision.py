@@ -56,6 +56,12 @@ class GuestDecision:
     roomless: frozenset[ThreadId] = frozenset()
 
     @cached_property
+    def unsettled(self) -> bool:
+        """Whether the guest is to be looked at again soon: libvirt has yet to move threads, or two claim to be one."""
+        guest = self.guest
+        return bool(guest.doubtful) or guest.starting or any(not thread.settled for thread in guest.threads)
+
+    @cached_property
     def at_rest(self) -> bool:
         """Whether every thread that has a place is on it, and none of the guest is, unlawfully, beside a FIFO vCPU."""
         threads = self.guest.threads

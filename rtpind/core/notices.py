@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from rtpind.core.audit import (
     Kind,
@@ -27,11 +27,22 @@ Notice = tuple[tuple[object, ...], Record]
 
 
 def standing(
-    snapshot: Snapshot, decision: Decision, plan: Plan, memory: Memory, outcomes: Sequence[Outcome]
+    snapshot: Snapshot,
+    decision: Decision,
+    plan: Plan,
+    memory: Memory,
+    outcomes: Sequence[Outcome],
+    only: Collection[str] | None = None,
 ) -> Iterator[Notice]:
-    """Yield (what makes it the same condition, its record) for everything that stands as of this pass."""
+    """Yield (what makes it the same condition, its record) for everything that stands as of this pass.
+
+    The first part of what makes it the same is the UUID of the guest, "" for the host's. ``only``: the guests that were
+    looked at, or decided anew; of others there is nothing new but for what was done or would be.
+    """
     guests = {guest.guest.uuid: guest.guest for guest in decision.guests}
     for found in decision.guests:
+        if only is not None and found.guest.uuid not in only:
+            continue
         yield from _of_guest(found)
         for thread in found.guest.threads:
             yield from _of_thread(thread, found, decision, memory, snapshot)
@@ -41,7 +52,8 @@ def standing(
             step = outcome.step
             record = of_outcome(outcome, guests[step.thread.guest], snapshot.host)
             assert record is not None
-            key = (str(outcome.result), step.thread.id, step.cpus, step.scheduling, outcome.before, outcome.beside)
+            what = (step.cpus, step.scheduling, outcome.before, outcome.beside)
+            key = (step.thread.guest, str(outcome.result), step.thread.id, *what)
             yield key, record
     drifts = {guest.guest.uuid: guest.drift for guest in decision.guests}
     for thread, wanted in plan.drifted:
@@ -57,12 +69,12 @@ def standing(
                 "RESULT": "repair" if drift is Drift.REPAIR else "warn",
             }
             yield (
-                ("drift", thread.id, wanted),
+                (thread.guest, "drift", thread.id, wanted),
                 Record(kind=Kind.DRIFT, message=text, level=Level.WARNING, fields=fields),
             )
     unknown = protection_unknown(snapshot.host)
-    if unknown and any(wanted.priority for wanted in decision.wanted().values()):
-        yield ("protection", unknown), Record(kind=Kind.FIFO_WITHHELD, message=unknown, level=Level.NOTICE)
+    if unknown and any(wanted.priority for found in decision.guests for wanted in found.wanted.values()):
+        yield ("", "protection", unknown), Record(kind=Kind.FIFO_WITHHELD, message=unknown, level=Level.NOTICE)
 
 
 #: What a guest without the place that its class asks for has in its stead.
@@ -79,13 +91,13 @@ def _of_guest(found: GuestDecision) -> Iterator[Notice]:
     fields = guest_fields(guest) | {"RULE": found.rule, "REASON": found.reason, "RESULT": str(found.state)}
     if found.state in _LOST:
         text = f"{guest.name}: {_LOST[found.state].format(found.reason)}"
-        yield ("guest", *key, text), Record(kind=Kind.NOT_PLACED, message=text, level=Level.WARNING, fields=fields)
+        yield (*key, "guest", text), Record(kind=Kind.NOT_PLACED, message=text, level=Level.WARNING, fields=fields)
     if found.state is State.UNCLAIMED:
         text = f"{guest.name}: {found.reason}; it keeps its pCPUs until it stops"
-        yield ("guest", *key, text), Record(kind=Kind.UNCLAIMED, message=text, level=Level.NOTICE, fields=fields)
+        yield (*key, "guest", text), Record(kind=Kind.UNCLAIMED, message=text, level=Level.NOTICE, fields=fields)
     for label in guest.contested:
         text = f"{guest.name}: two threads claim to be {label}; neither is treated as one"
-        yield ("contested", *key, label), Record(kind=Kind.CONTESTED, message=text, level=Level.ERROR, fields=fields)
+        yield (*key, "contested", label), Record(kind=Kind.CONTESTED, message=text, level=Level.ERROR, fields=fields)
 
 
 def _of_thread(
@@ -95,15 +107,23 @@ def _of_thread(
     fields = thread_fields(thread, found.guest) | {"RULE": found.rule, "CAUSE": why, "RESULT": str(verdict)}
     text = f"{_who(thread, found.guest)}: {why}"
     if verdict is Verdict.INTRUDER:
-        yield ("intruder", thread.id, why), Record(Kind.INTRUDER, text, Level.WARNING, fields)
+        yield (thread.guest, "intruder", thread.id, why), Record(Kind.INTRUDER, text, Level.WARNING, fields)
     elif verdict is Verdict.NO_FIFO and memory.refused.get(thread.id) is None:
-        yield ("no-fifo", thread.id, why), Record(Kind.FIFO_WITHHELD, f"{text}: no FIFO", Level.WARNING, fields)
+        yield (
+            (thread.guest, "no-fifo", thread.id, why),
+            Record(Kind.FIFO_WITHHELD, f"{text}: no FIFO", Level.WARNING, fields),
+        )
     elif verdict is Verdict.NOT_PLACED and thread.id in found.roomless:
-        yield ("roomless", thread.id), Record(Kind.NOT_PLACED, f"{text}: no free pCPU", Level.WARNING, fields)
+        yield (
+            (thread.guest, "roomless", thread.id),
+            Record(Kind.NOT_PLACED, f"{text}: no free pCPU", Level.WARNING, fields),
+        )
 
 
 def hotplug(before: Snapshot, host: Host) -> Iterator[Record]:
     """Yield a record of the pCPUs that came or went since ``before``, and one of each thread that lost its last one."""
+    if host.online == before.host.online:
+        return
     gone, come = before.host.online - host.online, host.online - before.host.online
     fields = {"OLD_CPUS": str(before.host.online), "NEW_CPUS": str(host.online)}
     if come:

@@ -59,6 +59,8 @@ def _continue(before: Decision, inputs: Inputs, clock: float) -> Decision | None
     changed = None if basis is None else stale(before, basis, inputs)
     if basis is None or changed is None:
         return None
+    if not changed:
+        return before
     placing = _Placing(inputs, clock, frozenset(), basis.books.without(changed))
     done = placing.decide([guest for guest in inputs.snapshot.guests if guest.uuid in changed])
     if _left(done) or not placing.books.bind_alike(basis.books):

@@ -7,9 +7,10 @@ floaters widen. Carrying it out, and asking the law before each step, is :mod:`r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from functools import cache
 from typing import Any
 
 from rtpind.core.cpuset import CpuSet
@@ -91,9 +92,13 @@ def make(decision: Decision, snapshot: Snapshot, memory: Memory) -> Plan:
     steps: list[Step] = []
     drifted: list[tuple[Thread, Wanted]] = []
     fighters: list[Thread] = []
-    again = {guest.uuid for guest in snapshot.guests if guest.doubtful or _unsettled(guest)}
-    placed = decision.wanted()
-    strangers = [thread for thread in snapshot.threads() if thread.id not in placed and thread.now.scheduling.realtime]
+    again = {guest.guest.uuid for guest in decision.guests if guest.unsettled}
+
+    @cache
+    def strangers() -> Sequence[Thread]:
+        placed = decision.wanted()
+        return [thread for thread in snapshot.threads() if thread.id not in placed and thread.now.scheduling.realtime]
+
     for guest in decision.guests:
         if not guest.state.managed or guest.at_rest:
             continue
@@ -173,14 +178,13 @@ def follows_main(thread: Thread) -> bool:
     return thread.helper and thread.index is None and thread.movable
 
 
-def _unsettled(guest: Guest) -> bool:
-    return guest.starting or any(not thread.settled for thread in guest.threads)
+Strangers = Callable[[], Sequence[Thread]]
 
 
 class _Guest:
     """The steps of one guest."""
 
-    def __init__(self, guest: GuestDecision, snapshot: Snapshot, memory: Memory, strangers: Sequence[Thread]) -> None:
+    def __init__(self, guest: GuestDecision, snapshot: Snapshot, memory: Memory, strangers: Strangers) -> None:
         self.guest = guest
         self.memory = memory
         self.strangers = strangers  # realtime threads that are not for rtpind to move
@@ -286,7 +290,7 @@ class _Guest:
             if other.id != vcpu.id
         )
         return own or any(
-            stranger.now.cpus & wanted.cpus for stranger in self.strangers if stranger.guest != vcpu.guest
+            stranger.now.cpus & wanted.cpus for stranger in self.strangers() if stranger.guest != vcpu.guest
         )
 
     def guard(self, vcpu: Thread, wanted: Wanted) -> None:

@@ -7,6 +7,7 @@ was could get another place. It is for the host at rest: everybody has what its 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from rtpind.core.claims import Claims
@@ -49,6 +50,22 @@ class Basis:
 
     inputs: Inputs
     books: Books
+
+
+def affected(only: Collection[str], before: Decision, now: Decision) -> frozenset[str]:
+    """Return of which guests there may be news after a pass that looked at ``only`` some.
+
+    Those that were decided anew as well, and those that may run on a pCPU that has another owner than ``before``.
+    """
+    decided = {found.guest.uuid: found for found in before.guests}
+    fresh = [found.guest.uuid for found in now.guests if decided.get(found.guest.uuid) is not found]
+    owned = CpuSet(cpu for cpu, owner in now.owners.items() if before.owners.get(cpu) != owner)
+    beside = [
+        found.guest.uuid
+        for found in (now.guests if owned else ())
+        if any(thread.now.cpus & owned for thread in found.guest.threads)
+    ]
+    return frozenset(only).union(fresh, beside)
 
 
 def stale(before: Decision, basis: Basis, now: Inputs) -> frozenset[str] | None:

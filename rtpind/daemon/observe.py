@@ -35,33 +35,36 @@ class Observer:
         self._last: dict[str, Guest] = {}
         self._traits: dict[str, tuple[Process, Traits]] = {}
         self._scanned = float("-inf")
+        self._host = self._seen = Host(online=NO_CPUS, possible=NO_CPUS)  # as last read, and as last shown
+        self._ours: set[int] = set()  # guests' threads and processes
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
         """Return a snapshot of the guests ``domains`` (UUID → name), read anew: all of them, or ``only`` some."""
-        # Not at the quick looks at a guest that starts: the list of all processes is the dearest part of a look.
+        # Not at the quick looks at a guest that starts: the host and the list of all processes are most of a look.
         if only is None or time.monotonic() - self._scanned >= _SCAN_APART_S:
             self._scanned = time.monotonic()
             self.proc.kernel_threads.scan()
-        host = self.facts.read()
+            self._host = self.facts.read()
         uptime = self.proc.uptime()
-        found: dict[str, Guest] = {}
-        for uuid, name in domains.items():
-            if only is not None and uuid not in only:
-                guest = self._last.get(uuid)
-            else:
-                guest = self._guest(uuid, name, memory, uptime)
-                if guest is not None and len(host.topology.nodes) > 1:
-                    guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
-            last = self._last.get(uuid)
-            if guest is not None:
-                found[uuid] = last if last == guest else guest  # the same object tells: nothing to decide
+        found = {} if only is None else {uuid: guest for uuid, guest in self._last.items() if uuid in domains}
+        for uuid in domains if only is None else domains.keys() & only:
+            guest, last = self._guest(uuid, domains[uuid], memory, uptime), self._last.get(uuid)
+            if guest is None:
+                found.pop(uuid, None)
+                continue
+            if len(self._host.topology.nodes) > 1:
+                guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
+            found[uuid] = last if last == guest else guest  # the same object tells: nothing to decide
+        if only is None:
+            self._ours = set()
+            self._traits = {uuid: entry for uuid, entry in self._traits.items() if uuid in domains}
+        for guest in found.values() if only is None else (found[uuid] for uuid in found.keys() & only):
+            self._ours |= {guest.pid, *(thread.id.tid for thread in guest.threads)}
+        host = replace(self._host, busy=self.foreign.busy(self._host, self._ours, anew=only is None))
+        self._host = self._seen = host if host != self._seen else self._seen
         self._last = found
-        self._traits = {uuid: entry for uuid, entry in self._traits.items() if uuid in domains}
-        ours = {thread.id.tid for guest in found.values() for thread in guest.threads}
-        ours |= {guest.pid for guest in found.values()}
-        host = replace(host, busy=self.foreign.busy(host, ours, anew=only is None))
         guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
-        return Snapshot(host=host, guests=guests, time=time.monotonic())
+        return Snapshot(host=self._host, guests=guests, time=time.monotonic())
 
     def process_of(self, name: str) -> Process | None:
         """Return which process the guest ``name`` is now; None when it does not run."""
@@ -70,6 +73,10 @@ class Observer:
             return None if pid is None else (pid, self.proc.stat(pid).start)
         except OSError:
             return None
+
+    def scan_anew(self) -> None:
+        """Have the next look search for new kernel threads."""
+        self._scanned = float("-inf")
 
     def describe(self, uuid: str, process: Process, traits: Traits) -> bool:
         """Take what libvirt tells of a guest while it is that process; return whether it is news.

@@ -19,6 +19,7 @@ from rtpind.core.notices import fight, hotplug, standing
 from rtpind.core.placement import place
 from rtpind.core.plan import Plan
 from rtpind.core.policy import Mode, Policy
+from rtpind.core.reuse import affected
 from rtpind.daemon.apply import Kernel, RealKernel, apply, pretend
 from rtpind.daemon.observe import Observer
 from rtpind.host.ledgerfile import LedgerFile
@@ -95,12 +96,17 @@ class Reconciler:
         if self._seen is not None:
             for record in hotplug(self._seen, view.snapshot.host):
                 self.emit(record)
+        news = None
+        if only is not None and self._decided is not None:  # then what is known of the others is as it was
+            acted = {step.thread.guest for step in view.plan.steps}
+            news = affected(acted.union(only), self._decided, view.decision)
         self._seen, self._decided = view.snapshot, view.decision
         outcomes = self._act(view)
         memory = self.memory
-        self.memory = learn(memory, view.snapshot, view.decision, view.plan, outcomes, self.clock())
-        self._say(view, outcomes)
-        self._prune(view.snapshot)
+        self.memory = learn(memory, view.snapshot, view.decision, view.plan, outcomes, self.clock(), news)
+        self._say(view, outcomes, news)
+        if only is None:
+            self._prune(view.snapshot)
         return view
 
     def _act(self, view: View) -> list[Outcome]:
@@ -160,18 +166,19 @@ class Reconciler:
         self.ledger = ledger
         return True
 
-    def _say(self, view: View, outcomes: list[Outcome]) -> None:
-        """Send what stands now and did not before; remember what was said."""
+    def _say(self, view: View, outcomes: list[Outcome], news: frozenset[str] | None) -> None:
+        """Send what stands now and did not before; remember what was said. ``news``: of whom, None for everybody."""
         assert self.policy is not None
         guests = {guest.uuid: guest for guest in view.snapshot.guests}
         if self.enforcing:
             for thread in view.plan.fighters:
                 self.emit(fight(thread, guests[thread.guest], self.memory.fights[thread.id].length_s))
-        notices = dict(standing(view.snapshot, view.decision, view.plan, self.memory, outcomes))
+        notices = dict(standing(view.snapshot, view.decision, view.plan, self.memory, outcomes, news))
         for key, record in notices.items():
             if key not in self.memory.said:
                 self.emit(record)
-        self.memory = replace(self.memory, said=frozenset(notices))
+        kept = [] if news is None else [key for key in self.memory.said if key[0] not in news]
+        self.memory = replace(self.memory, said=frozenset(notices).union(kept))
 
     def _prune(self, snapshot: Snapshot) -> None:
         seen = {guest.process for guest in snapshot.guests}

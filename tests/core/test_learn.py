@@ -336,3 +336,53 @@ def test_threads_that_are_gone_are_forgotten() -> None:
 
     assert {id_.pid for id_ in after.places} == {2000}
     assert (after.repairs, after.verified, after.right_since) == ({}, frozenset(), {})
+
+
+def test_a_look_at_one_guest_teaches_of_it_what_a_look_at_all_would() -> None:
+    """Of the other nothing, though it has lost its place meanwhile: nobody has looked."""
+    other = put(guest("rt-2", pid=3000, vcpus=1), {"emulator": "0-1", "iothread 1": "0-1"})
+    first, second = PLACED, put(other, {"vcpu 0": "3"}, fifo())
+    calm = snapshot(first, second)
+    memory = learn(Memory(), calm, decide(calm), Plan(), [], 0.0)
+    for time in (1.0, 2.0):
+        seen = snapshot(first, second, time=time)
+        memory = learn(memory, seen, decide(seen, memory), Plan(), [], time)
+    moved = snapshot(*(put(one, {"vcpu 0": "5"}, OTHER) for one in (first, second)), time=3.0)
+    decision = decide(moved, memory)
+
+    some = learn(memory, moved, decision, Plan(), [], 3.0, {first.uuid})
+    every = learn(memory, moved, decision, Plan(), [], 3.0)
+
+    theirs = {thread.id for thread in second.threads}
+    assert some.incumbents == every.incumbents
+    assert first.process not in some.right_since
+    assert some.right_since[second.process] == memory.right_since[second.process]
+    assert second.process not in every.right_since
+    assert {id_: where for id_, where in some.places.items() if id_ in theirs} == {
+        id_: where for id_, where in memory.places.items() if id_ in theirs
+    }
+    assert some.verified & theirs == memory.verified & theirs != frozenset()
+
+
+def test_what_has_ended_is_forgotten_when_all_are_looked_at() -> None:
+    """Until then its entries say nothing of anybody else: a thread's id is its start time, too."""
+    seen = snapshot(PLACED)
+    memory = learn(Memory(), seen, decide(seen), Plan(), [], 0.0)
+    gone = snapshot(guest("rt-2", pid=3000))
+    some = learn(memory, gone, decide(gone), Plan(), [], 1.0, {PLACED.uuid})
+
+    assert some.places == memory.places
+    assert VCPU not in learn(some, gone, decide(gone), Plan(), [], 2.0).places
+
+
+def test_a_guest_that_claims_no_more_is_doubtful_no_more() -> None:
+    """Of a guest that was not looked at it is not known."""
+    doubtful = replace(FREE, doubtful=("vcpu 0",))
+    other = replace(guest("rt-2", pid=3000), contested=("vcpu 1",))
+    seen = snapshot(doubtful, other)
+    memory = learn(Memory(), seen, decide(seen), Plan(), [], 0.0)
+    assert memory.doubtful == {(PROCESS, "vcpu 0"), (other.process, "vcpu 1")}
+    calm = snapshot(FREE, replace(other, contested=()))
+    some = learn(memory, calm, decide(calm), Plan(), [], 0.0, {FREE.uuid})
+
+    assert some.doubtful == {(other.process, "vcpu 1")}

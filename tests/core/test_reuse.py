@@ -20,6 +20,7 @@ from rtpind.core.model import Guest, Placement, Role, Snapshot, Thread, Traits
 from rtpind.core.placement import place
 from rtpind.core.policy import Policy
 from rtpind.core.policyfile import load
+from rtpind.core.reuse import affected
 from rtpind.core.topology import Topology
 
 HOSTS = [
@@ -189,3 +190,47 @@ def test_decisions_are_taken_over_and_are_made_anew() -> None:
     seen = sum((live(Random(seed)) for seed in range(40)), Counter[bool]())
     assert seen[True] > 20
     assert seen[False] > 20
+
+
+def test_there_is_news_of_who_was_looked_at_decided_anew_or_has_a_new_neighbour() -> None:
+    """And of nobody else, however many there are."""
+    made, _ = load(
+        """
+version: 1
+pools: {r: {cpus: isolated}}
+classes:
+  a: {vcpu: {pool: r, exclusive: thread}}
+guests: [{name: "a*", class: a}]
+""",
+        HOSTS[0],
+    )
+    assert made is not None
+    roaming = guest("d-roams", pid=1000, on="0-11")
+    tame = guest("d-tame", pid=2000, on="0-1")
+    old, new = guest("a-old", pid=3000, vcpus=1), guest("a-new", pid=4000, vcpus=1)
+    first = Snapshot(host=HOSTS[0], guests=(roaming, tame, old))
+    before = place(made, first, Memory(), Ledger())
+    memory = Memory(places=before.wanted())
+    then = place(made, replace(first, guests=(*first.guests, new)), memory, Ledger(), before=before)
+
+    assert affected([], before, place(made, first, memory, Ledger(), before=before)) == frozenset()
+    assert affected([tame.uuid], before, before) == {tame.uuid}
+    assert {roaming.uuid, new.uuid} <= affected([], before, then)
+    assert tame.uuid not in affected([], before, then)
+
+
+def test_a_new_guest_that_was_refused_a_place_is_decided_with_all() -> None:
+    """What fences it in may bear on others; it comes back after libvirt was away, say."""
+    made, _ = load("version: 1\nclasses: {f: {vcpu: {pool: housekeeping}}}\nguests: [{name: '*', class: f}]", HOSTS[0])
+    assert made is not None
+    old, new = guest("old", pid=3000), guest("new", pid=4000)
+    first = Snapshot(host=HOSTS[0], guests=(old,))
+    before = place(made, first, Memory(), Ledger())
+    thread_, where = new.threads[0], before.guests[0].wanted[old.threads[0].id]
+    refusal = Refusal(where, thread_.now, None, conditions(HOSTS[0]), affinity=True, text="")
+    memory = Memory(places=before.wanted(), refused={thread_.id: (refusal,)})
+    both = Snapshot(host=HOSTS[0], guests=(old, new))
+    whole, partly = place(made, both, memory, Ledger()), place(made, both, memory, Ledger(), before=before)
+
+    assert partly == whole
+    assert all(found is not before.guests[0] for found in partly.guests)
