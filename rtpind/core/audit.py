@@ -36,7 +36,8 @@ class Kind(Enum):
     RELEASED = "a74f1e42ec764e549306ae4bf76c60ed"  # a guest was put back, or is left alone, or managed again
     POLICY = "771a0afe30554d2f9f0a144912c11cdd"  # a policy was loaded
     POLICY_BAD = "2fc9e575c8934c39a3568f6feae1fde6"  # a policy file was refused
-    HOTPLUG = "2f8fda0263634432a7ca119dedebf88b"  # pCPUs went offline or came online, or that is not heard of
+    HOTPLUG = "2f8fda0263634432a7ca119dedebf88b"  # pCPUs went offline or came online
+    EVENTS = "e090f854f11844d19fb6d100106184b6"  # what the kernel tells of is not heard
     LIBVIRT = "86d59941e7b44508b2479d6157009a1e"  # libvirt is there, or away
     LEDGER = "1f600e166d604bb0adbf41e2ebc6504c"  # the ledger was set aside or could not be written
     METRICS = "ccc3409ffd174b8e9f88a7147ac43843"  # the metrics cannot be written

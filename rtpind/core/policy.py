@@ -267,6 +267,7 @@ class Policy:
     when_full: WhenFull = WhenFull.LEAVE
     uri: str = "qemu:///system"
     period_s: float = 10.0
+    proc_events: bool = True
     metrics_dir: str = ""
 
     def pool(self, name: str, host: Host) -> CpuSet:

@@ -74,6 +74,7 @@ class _Reader(Reading):
             when_full=WhenFull(self.data.get("when_full", WhenFull.LEAVE)),
             uri=daemon.get("uri", "qemu:///system"),
             period_s=self.read_period(daemon.get("period", "10s")),
+            proc_events=daemon.get("proc_events", "auto") == "auto",
             metrics_dir=daemon.get("metrics_dir", ""),
         )
 

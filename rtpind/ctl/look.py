@@ -50,9 +50,9 @@ def running(observer: Observer, uri: str = URI) -> dict[str, str]:
         return {domain.uuid: domain.name for domain in domains}
     found = {}
     for name, pid in pidfile.running().items():
-        words = observer.proc.cmdline(pid)
-        if "-uuid" in words[:-1]:  # else it is a helper that libvirt keeps a pid file of there, such as virtiofsd
-            found[words[words.index("-uuid") + 1]] = name
+        uuid = observer.proc.uuid(pid)
+        if uuid:  # else it is a helper that libvirt keeps a pid file of there, such as virtiofsd
+            found[uuid] = name
     return found
 
 

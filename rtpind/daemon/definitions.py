@@ -6,7 +6,7 @@ A definition belongs to one run of a guest (a process): who is another process b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from rtpind.core.audit import Kind, Level, Record
 from rtpind.core.ledger import Process
@@ -27,10 +27,15 @@ class Definitions:
 
     def want(self, guests: Iterable[Guest]) -> None:
         """Ask about each guest that is new, or is another process than before."""
-        before, self._asked = self._asked, {guest.uuid: guest.process for guest in guests}
-        self._untold = {uuid: item for uuid, item in self._untold.items() if uuid in self._asked}
-        for uuid, process in self._asked.items() - before.items():
-            self._ask(uuid, process)
+        for guest in guests:
+            if self._asked.get(guest.uuid) != guest.process:
+                self._asked[guest.uuid] = guest.process
+                self._ask(guest.uuid, guest.process)
+
+    def drop_others(self, uuids: Collection[str]) -> None:
+        """Drop what is kept of guests that do not run."""
+        self._asked = {uuid: process for uuid, process in self._asked.items() if uuid in uuids}
+        self._untold = {uuid: item for uuid, item in self._untold.items() if uuid in uuids}
 
     def forget(self) -> None:
         """Ask about everybody again: what changed while libvirt was away nobody has told."""

@@ -40,37 +40,44 @@ class Observer:
         self._bound: dict[str, tuple[Process, CpuSet]] = {}  # what QEMU's command line says, which stays the same
         self._known: dict[str, tuple[list[Sighting], Guest]] = {}  # what was sighted of a guest last, and found in it
         self._scanned = float("-inf")
+        self._host = self._seen = Host(online=NO_CPUS, possible=NO_CPUS)  # as last read, and as last shown
+        self._ours: set[int] = set()  # guests' threads and processes
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
         """Return a snapshot of the guests ``domains`` (UUID → name), read anew: all of them, or ``only`` some."""
-        # Not at the quick looks at a guest that starts: the list of all processes is the dearest part of a look.
+        # Not at the quick looks at a guest that starts: the host and the list of all processes are most of a look.
         if only is None or time.monotonic() - self._scanned >= _SCAN_APART_S:
             self._scanned = time.monotonic()
             self.proc.kernel_threads.scan()
-        host = self.facts.read()
+            self._host = self.facts.read()
         uptime = self.proc.uptime()
-        found: dict[str, Guest] = {}
         ran: dict[ThreadId, int] = {}
-        for uuid, name in domains.items():
-            if only is not None and uuid not in only:
-                guest = self._last.get(uuid)
-            else:
-                guest = self._guest(uuid, name, memory, uptime, ran)
-                if guest is not None and len(host.topology.nodes) > 1:
-                    guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
-            last = self._last.get(uuid)
-            if guest is not None:  # the same object tells: nothing to decide
-                found[uuid] = guest if last is guest or last != guest else last
+        found = {} if only is None else {uuid: guest for uuid, guest in self._last.items() if uuid in domains}
+        for uuid in domains if only is None else domains.keys() & only:
+            guest, last = self._guest(uuid, domains[uuid], memory, uptime, ran), self._last.get(uuid)
+            if guest is None:
+                found.pop(uuid, None)
+                continue
+            if len(self._host.topology.nodes) > 1:
+                guest = replace(guest, nodes=self._nodes(guest, anew=only is None))
+            found[uuid] = guest if last is guest or last != guest else last  # the same object: nothing to decide
+        if only is None:
+            self._forget(domains, found)
+        for guest in found.values() if only is None else (found[uuid] for uuid in found.keys() & only):
+            self._ours |= {guest.pid, *(thread.id.tid for thread in guest.threads)}
+        host = replace(self._host, busy=self.foreign.busy(self._host, self._ours, anew=only is None))
+        self._host = self._seen = host if host != self._seen else self._seen
         self._last = found
+        guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
+        return Snapshot(host=self._host, guests=guests, time=time.monotonic(), ran=ran)
+
+    def _forget(self, domains: Mapping[str, str], found: Mapping[str, Guest]) -> None:
+        """Forget what is no domain, and no guest, any more."""
+        self._ours = set()
         self._told = {uuid: entry for uuid, entry in self._told.items() if uuid in domains}
         self._bound = {uuid: entry for uuid, entry in self._bound.items() if uuid in domains}
         self._known = {uuid: entry for uuid, entry in self._known.items() if uuid in domains}
         self.threads.keep({guest.pid for guest in found.values()})
-        ours = {thread.id.tid for guest in found.values() for thread in guest.threads}
-        ours |= {guest.pid for guest in found.values()}
-        host = replace(host, busy=self.foreign.busy(host, ours, anew=only is None))
-        guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
-        return Snapshot(host=host, guests=guests, time=time.monotonic(), ran=ran)
 
     def process_of(self, name: str) -> Process | None:
         """Return which process the guest ``name`` is now; None when it does not run."""
@@ -79,6 +86,10 @@ class Observer:
             return None if pid is None else (pid, self.proc.stat(pid).start)
         except OSError:
             return None
+
+    def scan_anew(self) -> None:
+        """Have the next look search for new kernel threads."""
+        self._scanned = float("-inf")
 
     def describe(self, uuid: str, process: Process, told: Traits | str) -> bool:
         """Take what libvirt tells of a guest while it is that process; return whether it is news.
@@ -110,6 +121,16 @@ class Observer:
             last = self._last.get(guest.uuid)
             return last.nodes if last is not None and last.process == guest.process else NO_CPUS
         return NO_CPUS if self.proc.has_hugetlb(guest.pid) else self.cgroups.nodes(guest.pid)
+
+    def _bound_nodes(self, guest: Guest) -> CpuSet:
+        """Return the nodes that QEMU's command line binds memory to. Before its vCPUs begin it may not be QEMU yet."""
+        if guest.starting:
+            return NO_CPUS
+        process, nodes = self._bound.get(guest.uuid, (None, NO_CPUS))
+        if process != guest.process:
+            nodes = bound_nodes(self.proc.cmdline(guest.pid))
+            self._bound[guest.uuid] = (guest.process, nodes)
+        return nodes
 
     def _guest(self, uuid: str, name: str, memory: Memory, uptime: float, ran: dict[ThreadId, int]) -> Guest | None:
         pid = pidfile.pid_of(name, self._run_dir)

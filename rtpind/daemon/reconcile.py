@@ -105,7 +105,8 @@ class Reconciler:
         self.memory = learn(self.memory, view.snapshot, view.decision, view.plan, outcomes, self.clock(), readings)
         self._say(view, outcomes)
         self._say_started(view.snapshot, before)
-        self._prune(view.snapshot)
+        if only is None:
+            self._prune(view.snapshot)
         return view
 
     def _act(self, view: View, readings: list[Reading]) -> list[Outcome]:

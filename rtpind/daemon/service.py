@@ -19,27 +19,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rtpind.core.audit import Kind, Level, Record
+from rtpind.core.decision import Decision
 from rtpind.core.ledger import EVERYONE
 from rtpind.core.measures import Measures, by_verdict
 from rtpind.core.policy import HOUSEKEEPING, Policy
 from rtpind.daemon import commands, policysource
-from rtpind.daemon.definitions import Definitions
+from rtpind.daemon.events import Event, Events
 from rtpind.daemon.house import Housekeeper
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
 from rtpind.host.control import Answer, ControlServer
-from rtpind.host.details import Described
-from rtpind.host.hypervisor import METADATA, Changed, Domain, Hypervisor, Listed, Lost
 from rtpind.host.journal import notify, watchdog_s
 from rtpind.host.metrics import MetricsFile, Unwritten
-from rtpind.host.pidfile import pid_of
-from rtpind.host.udev import CpuEvents, CpusChanged, Unheard
 
-#: Looks after an event: threads that begin late (nx-recovery at the first KVM_RUN, vhost, workers).
-_FOLLOW_UPS_S = (0.05, 0.25, 1.0, 5.0)
-#: The second look before FIFO, and the interval while libvirt still moves threads of a guest that starts.
-_AGAIN_S = 0.003
-_STARTING_S = 0.02
 _ANSWER_S = 10.0
 
 
@@ -60,7 +52,7 @@ class Asked:
 
 
 #: Whatever the inbox may hold.
-Item: TypeAlias = Signalled | Asked | Listed | Changed | Lost | Described | CpusChanged | Unheard | Unwritten
+Item: TypeAlias = Signalled | Asked | Unwritten | Event
 
 
 class Service:
@@ -71,19 +63,15 @@ class Service:
         self._path = policy_path
         self._inbox: Inbox[Item] = Inbox()
         self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
-        self._cpus = CpuEvents(self._inbox.post)
+        self._events = Events(reconciler, self._inbox, self._say, self._hurry)
         self._house = Housekeeper(lambda: reconciler.observer.proc.tids(os.getpid()), reconciler.emit)
-        self._hypervisor: Hypervisor | None = None
-        self._definitions: Definitions | None = None
         self._metrics: MetricsFile | None = None
         self._measures = Measures()
-        self._libvirt = "connecting"
-        self._lost = ""  # why libvirt is away, as last said
         self._stopping = False
         self._full_due = 0.0
         self._status = ""
         self._counts = "no pass yet"
-        self._listed_once = False
+        self._counted: Decision | None = None
         self._faults = 0
         self._passes = 0
 
@@ -111,10 +99,7 @@ class Service:
             signal.signal(number, self._on_signal)
         self._adopt(policy)
         self._publish()
-        self._hypervisor = Hypervisor(policy.uri, self._inbox.post)
-        self._definitions = Definitions(self._reconciler, self._hypervisor.describe)
-        self._hypervisor.start()
-        self._cpus.start()
+        self._events.start(policy)
         self._control.start()
         self._say(Kind.DAEMON, f"started, {self._mode()}, policy {self._path}", Level.NOTICE)
         notify(READY="1", STATUS=f"{self._mode()}; connecting to libvirt")
@@ -128,8 +113,7 @@ class Service:
         notify(STOPPING="1", STATUS="stopping; guests stay as they are")
         self._say(Kind.DAEMON, "stopped; guests stay as they are", Level.NOTICE)
         self._control.stop()
-        self._cpus.stop()
-        self._hypervisor.stop()
+        self._events.stop()
         return 0
 
     def _turn(self, items: list[Item]) -> None:
@@ -139,7 +123,7 @@ class Service:
         due = self._inbox.take_due() & self._reconciler.domains.keys()
         if time.monotonic() >= self._full_due:
             self._survive(self._full)
-        elif due and self._listed_once:  # else the other guests are not known, and their pCPUs would be given out
+        elif due and self._events.listed:  # else the other guests are not known, and their pCPUs would be given out
             self._survive(self._pass, due)
 
     def _survive(self, do: Callable[..., object], *what: object) -> None:
@@ -162,20 +146,12 @@ class Service:
                     self._stopping = True
             case Asked():
                 self._asked(item)
-            case Listed(domains, fresh):
-                self._listed(domains, fresh)
-            case Changed():
-                self._changed(item)
-            case Described():
-                if self._definitions is not None and self._definitions.take(item):
-                    self._inbox.look_in(0, item.uuid)
-            case CpusChanged() | Unheard():
-                self._hotplugged(item)
-            case Lost():
-                self._without_libvirt(item)
             case Unwritten(path, why):
                 text = f"the metrics cannot be written to {path}: {why}; guests are managed all the same"
                 self._say(Kind.METRICS, text, Level.WARNING)
+            case _:
+                self._events.take(item)
+                self._tell()
 
     def _asked(self, asked: Asked) -> None:
         """Answer a command, unless it has given up waiting."""
@@ -183,31 +159,21 @@ class Service:
             return
         answer: Answer = {"error": "a fault in rtpind; see the journal"}
         try:
-            if self._listed_once:
+            if self._events.listed:
                 answer = commands.answer(asked.request, self._reconciler, self._about())
             else:
-                why = f" ({self._lost})" if self._lost else ""
+                why = f" ({self._events.lost})" if self._events.lost else ""
                 answer = {"error": f"libvirt has not answered yet{why}: rtpind does not know which guests run"}
         finally:
             asked.reply.put(answer)
         if asked.request.get("do") not in commands.LOOKS:
             self._full_due = 0.0
 
-    def _without_libvirt(self, lost: Lost) -> None:
-        self._libvirt = "away"
-        self._lost = lost.cure or lost.why
-        text = f"libvirt is away ({lost.why}{'; ' if lost.cure else ''}{lost.cure}); "
-        text += "the guests known are kept in place, and it is tried again"
-        self._say(Kind.LIBVIRT, text, Level.WARNING)
-        self._tell()
-
     def _full(self) -> None:
         """Look at everything, and have libvirt asked who runs: the net under all events."""
-        assert self._hypervisor is not None
         self._full_due = time.monotonic() + self._policy().period_s
-        if self._libvirt == "connected":
-            self._hypervisor.relist()
-        if self._listed_once:  # before that there is nothing to look at, and nothing to forget
+        self._events.relist()
+        if self._events.listed:  # before that there is nothing to look at, and nothing to forget
             began = time.monotonic()
             view = self._pass(None)
             self._measure(view, time.monotonic() - began)
@@ -216,65 +182,15 @@ class Service:
 
     def _pass(self, only: set[str] | None) -> View:
         view = self._reconciler.run(only)
-        for guest in view.snapshot.guests:
-            if guest.uuid not in view.plan.again:
-                continue
-            if guest.starting or guest.doubtful or any(not thread.settled for thread in guest.threads):
-                self._inbox.look_in(_STARTING_S, guest.uuid)
-            # In place, and only the second look is missing. A guest that is not in place waits for the period.
-            if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:
-                self._inbox.look_in(_AGAIN_S, guest.uuid)
-        if self._definitions is not None:
-            self._definitions.want(view.snapshot.guests)
-        self._tell(view)
+        self._events.passed(view, only)
+        self._count(view.decision)
+        self._tell()
         return view
 
-    # --- events -----------------------------------------------------------------------------------------------
+    def _hurry(self, seconds: float) -> None:
+        self._full_due = min(self._full_due, time.monotonic() + seconds)
 
-    def _listed(self, domains: tuple[Domain, ...], fresh: bool) -> None:
-        self._listed_once = True
-        known = self._reconciler.domains
-        listed = {domain.uuid: domain.name for domain in domains}
-        names = set(listed.values())
-        # A list may be older than an event: what runs is dropped only when its process is gone.
-        later = {uuid: name for uuid, name in known.items() if name not in names and pid_of(name) is not None}
-        self._reconciler.domains = later | listed
-        if fresh:
-            self._libvirt = "connected"
-            self._say(Kind.LIBVIRT, f"connected to libvirt, {len(domains)} guests run", Level.INFO)
-            self._full_due = 0.0
-            if self._definitions is not None:
-                self._definitions.forget()
-        for uuid in self._reconciler.domains.keys() - known.keys():
-            self._inbox.look_in(0, uuid)
-
-    def _changed(self, item: Changed) -> None:
-        domain = item.domain
-        if item.redefined and self._definitions is not None:
-            self._definitions.changed(domain)
-        if item.what == METADATA:
-            return
-        if item.what == "stopped":
-            # Only the pid file's lock says whether it is gone; a reboot keeps the process (promise 4.4).
-            self._inbox.look_in(0, domain.uuid)
-            self._full_due = min(self._full_due, time.monotonic() + 0.05)
-            return
-        # One guest for a name: it may have been undefined and defined anew, with another UUID.
-        others = {uuid: name for uuid, name in self._reconciler.domains.items() if name != domain.name}
-        self._reconciler.domains = others | {domain.uuid: domain.name}
-        for seconds in (0.0, *_FOLLOW_UPS_S):
-            self._inbox.look_in(seconds, domain.uuid)
-
-    def _hotplugged(self, item: CpusChanged | Unheard) -> None:
-        """Look at everything at once: what is online now, and who has lost a pCPU, is said by the pass."""
-        if isinstance(item, CpusChanged):
-            self._full_due = 0.0
-            return
-        text = (
-            f"the kernel's events about pCPUs cannot be heard ({item.why}): one that goes offline or comes online is "
-        )
-        text += f"noticed at the next look at everything, within {self._policy().period_s:g} s"
-        self._say(Kind.HOTPLUG, text, Level.WARNING, CAUSE=item.why)
+    # --- the policy -------------------------------------------------------------------------------------------
 
     def _reload(self) -> None:
         """Read the policy again; a bad one is refused and the running one stays (promise 6)."""
@@ -287,8 +203,9 @@ class Service:
         if policy is None:
             self._say(Kind.POLICY_BAD, f"{self._path} has problems; the running policy stays", Level.ERROR)
         else:
-            if policy.uri != self._policy().uri:
-                self._say(Kind.POLICY, "daemon: uri takes effect when rtpind is restarted", Level.WARNING)
+            for key in ("uri", "proc_events"):
+                if getattr(policy, key) != getattr(self._policy(), key):
+                    self._say(Kind.POLICY, f"daemon: {key} takes effect when rtpind is restarted", Level.WARNING)
             self._adopt(policy)
             self._say(Kind.POLICY, f"{self._path} read again, {self._mode()}", Level.NOTICE)
             self._full_due = 0.0
@@ -306,7 +223,7 @@ class Service:
             "pid": os.getpid(),
             "mode": self._mode(),
             "policy": str(self._path),
-            "libvirt": self._libvirt,
+            "libvirt": self._events.libvirt,
             "passes": self._passes,
             "faults": self._faults,
         }
@@ -348,15 +265,19 @@ class Service:
     def _say(self, kind: Kind, text: str, level: Level, **fields: str) -> None:
         self._reconciler.emit(Record(kind, text, level, fields))
 
-    def _tell(self, view: View | None = None) -> None:
+    def _count(self, decision: Decision) -> None:
+        if decision is self._counted:
+            return
+        self._counted = decision
+        managed = sum(guest.state.managed for guest in decision.guests)
+        unplaced = sum(str(guest.state) in ("degraded", "left", "refused") for guest in decision.guests)
+        wanted = sum(len(guest.wanted) for guest in decision.guests)
+        self._counts = f"{managed} of {len(decision.guests)} guests managed, {wanted} threads"
+        self._counts += f", {unplaced} without room" if unplaced else ""
+
+    def _tell(self) -> None:
         """Keep systemctl's status line true; says nothing when it has not changed."""
-        if view is not None:
-            managed = sum(guest.state.managed for guest in view.decision.guests)
-            unplaced = sum(str(guest.state) in ("degraded", "left", "refused") for guest in view.decision.guests)
-            wanted = sum(len(guest.wanted) for guest in view.decision.guests)
-            self._counts = f"{managed} of {len(view.decision.guests)} guests managed, {wanted} threads"
-            self._counts += f", {unplaced} without room" if unplaced else ""
-        status = f"{self._mode()}; {self._counts}; libvirt {self._libvirt}"
+        status = f"{self._mode()}; {self._counts}; libvirt {self._events.libvirt}"
         if status != self._status:
             self._status = status
             notify(STATUS=status)

@@ -80,6 +80,12 @@ class Cgroups:
         """Return what :func:`parse` reads. Raises OSError when the thread is gone."""
         return read(f"{self._proc}/{pid}/task/{tid}/cgroup")
 
+    def above(self, path: str) -> str | None:
+        """Return the directory in which libvirt makes ``vcpuN`` and ``iothreadN``, from a guest's emulator cgroup."""
+        parent, _, leaf = path.rpartition("/")
+        found = (f"{self.mounts[name]}{parent}" for name in ("cpuset", "", "cpu") if name in self.mounts)
+        return next((where for where in found if os.path.isdir(where)), None) if leaf == "emulator" else None
+
     def threads(self, groups: Groups) -> list[int]:
         """Return the tids in the same cgroup: ``tasks`` on version 1, ``cgroup.threads`` on 2; empty when gone."""
         for controller, name in (("cpuset", "tasks"), ("cpu", "tasks"), ("", "cgroup.threads")):

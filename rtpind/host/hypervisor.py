@@ -27,6 +27,8 @@ _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _KEEPALIVE = (5, 3)
 #: What a :class:`Changed` says when nothing but the definition has changed.
 METADATA = "metadata"
+#: And when it ended.
+STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +159,11 @@ class Hypervisor:
             "TUNABLE": self._on_tunable,
             "DEVICE_ADDED": self._on_other,
             "DEVICE_REMOVED": self._on_other,
+            "VCPU_REMOVED": self._on_other,
             "METADATA_CHANGE": self._on_metadata,
         }
         for event, callback in callbacks.items():
-            with contextlib.suppress(libvirt.libvirtError):
+            with contextlib.suppress(libvirt.libvirtError, AttributeError):  # VCPU_REMOVED is of libvirt 12.4
                 self._register(event, callback)
         self._list(fresh=True)  # after registering: what changes from here on is told
 
@@ -209,7 +212,7 @@ class Hypervisor:
     def _on_lifecycle(self, _conn: Any, dom: libvirt.virDomain, event: int, *_: Any) -> None:
         if event in (libvirt.VIR_DOMAIN_EVENT_DEFINED, libvirt.VIR_DOMAIN_EVENT_UNDEFINED):
             return  # a configuration, not a guest that runs
-        what = "stopped" if event == libvirt.VIR_DOMAIN_EVENT_STOPPED else "lifecycle"
+        what = STOPPED if event == libvirt.VIR_DOMAIN_EVENT_STOPPED else "lifecycle"
         begins = event in (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_RESUMED)
         self._post(Changed(_domain(dom), what, redefined=begins))
 

@@ -130,6 +130,11 @@ class Proc:
         except OSError:
             return []
 
+    def uuid(self, pid: int) -> str:
+        """Return the UUID in the arguments that libvirt gave a QEMU; "" for who is none, or not yet."""
+        words = self.cmdline(pid)
+        return words[words.index("-uuid") + 1] if "-uuid" in words[:-1] else ""
+
     def has_hugetlb(self, pid: int) -> bool:
         """Return whether a process has pages of hugetlbfs (``HugetlbPages`` of status)."""
         try:

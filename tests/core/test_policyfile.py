@@ -326,6 +326,12 @@ def test_metrics_are_off_unless_a_directory_is_named():
     assert good("version: 1\ndaemon: {metrics_dir: /run/rtpind}\n").metrics_dir == "/run/rtpind"
 
 
+@pytest.mark.parametrize(("written", "listens"), [("", True), ("proc_events: auto", True), ("proc_events: off", False)])
+def test_the_proc_connector_is_listened_to_unless_it_is_off(written, listens):
+    """``off`` is a word of YAML 1.2, not a boolean."""
+    assert good(f"version: 1\ndaemon: {{{written}}}\n").proc_events is listens
+
+
 @pytest.mark.parametrize("uri", ["qemu:///system", "qemu+unix:///system", "qemu:///system?socket=/run/x"])
 def test_takes_libvirts_system_connection(uri):
     """Each way to write libvirt's system connection is taken."""
@@ -432,7 +438,7 @@ def test_the_defaults_of_the_schema_are_what_an_empty_policy_gets():
     written = declared(schema) | {"version": 1, "daemon": declared(schema["properties"]["daemon"])}
 
     assert {"mode", "pools", "classes", "guests", "drift", "when_full", "cputune", "daemon"} < set(written)
-    assert set(written["daemon"]) == {"uri", "period"}
+    assert set(written["daemon"]) == {"uri", "period", "proc_events"}
     assert good(json.dumps(written)) == good("version: 1\n") == Policy(pools={}, classes={})
 
 
@@ -535,7 +541,7 @@ FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 WORDS = [
     "version", "mode", "pools", "classes", "guests", "drift", "when_full", "cputune", "daemon", "uri", "period", "cpus",
-    "metrics_dir",
+    "metrics_dir", "proc_events",
     "vcpu", "emulator", "iothread", "vhost", "pit", "unsafe", "pool", "exclusive", "share_with", "scheduler",
     "priority", "name", "uuid", "class", "a", "b", "housekeeping", "unmanaged", "Bad Name", "0-3", "isolated", "",
 ]  # fmt: skip
@@ -629,7 +635,10 @@ DATA = st.fixed_dictionaries(
         "classes": st.dictionaries(NAMES, CLASS, max_size=3) | NESTED,
         "guests": st.lists(RULE, max_size=4) | NESTED,
         "drift": NESTED,
-        "daemon": st.fixed_dictionaries({}, optional={"uri": NESTED, "period": NESTED, "metrics_dir": NESTED}) | NESTED,
+        "daemon": st.fixed_dictionaries(
+            {}, optional={"uri": NESTED, "period": NESTED, "metrics_dir": NESTED, "proc_events": NESTED}
+        )
+        | NESTED,
         "a": NESTED,
     },
 )

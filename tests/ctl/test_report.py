@@ -10,8 +10,8 @@ from rtpind.core.cpuset import CpuSet
 from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory
 from rtpind.core.model import Role
-from rtpind.core.placement import place
 from rtpind.core.offplace import OffPlace, Start
+from rtpind.core.placement import place
 from rtpind.core.topology import Topology
 from rtpind.daemon import report
 

@@ -700,3 +700,41 @@ def test_a_pcpu_that_was_offline_before_is_no_news(daemon: Daemon) -> None:
     daemon.run()
 
     assert daemon.said(Kind.HOTPLUG) == []
+
+
+def test_what_a_quick_look_does_not_look_at_is_not_said_again(file: LedgerFile) -> None:
+    """A guest without room is said once, whoever is looked at; and again when it has changed meanwhile."""
+    crowd = [guest(f"rt-{pid}", pid=pid, vcpus=4, start=pid) for pid in (1000, 2000, 3000)]
+    daemon = Daemon(World(host(), crowd), file)
+    daemon.settle()
+    said = daemon.said(Kind.NOT_PLACED)
+    assert len(said) == 2
+    for _ in range(3):
+        daemon.run(only=[crowd[0].uuid])
+        daemon.run(only=[crowd[2].uuid])
+    daemon.run()
+
+    assert daemon.said(Kind.NOT_PLACED) == said
+
+
+def test_a_guest_beside_a_new_one_is_said_at_once(file: LedgerFile) -> None:
+    """It may run on what was given out, and only the new guest was looked at."""
+    daemon = Daemon(World(host(), [guest("stranger", pid=5000)]), file)
+    daemon.settle()
+    daemon.world.guests.append(guest())
+    daemon.world.tasks |= World(host(), [guest()]).tasks
+    daemon.run(only=[uuid_of(PID)])
+
+    assert all(text.startswith("stranger: ") for text in daemon.said(Kind.INTRUDER))
+    assert len(daemon.said(Kind.INTRUDER)) == 4
+
+
+def test_a_look_at_one_guest_leaves_the_ledger_to_the_next_look_at_all(daemon: Daemon) -> None:
+    """What a guest had is dropped when it has gone, by a look at everything."""
+    daemon.settle()
+    daemon.world.stop(daemon.world.guests[0])
+    daemon.run(only=[uuid_of(PID)])
+    assert daemon.reconciler.ledger.originals
+    daemon.run()
+
+    assert not daemon.reconciler.ledger.originals

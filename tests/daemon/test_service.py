@@ -3,101 +3,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from factories import PID, guest, host, policy, uuid_of
+from factories import PID, guest, host, uuid_of
+from looping import DOMAIN, NAME, UUID, Loop
 from simulated import World
 
-from rtpind.core.audit import Kind, Record
+from rtpind.core.audit import Kind
 from rtpind.core.ledger import Process
 from rtpind.core.model import Traits
-from rtpind.core.policy import Mode
-from rtpind.daemon.definitions import Definitions
-from rtpind.daemon.reconcile import Reconciler
-from rtpind.daemon.service import Service
 from rtpind.host.details import Described
 from rtpind.host.hypervisor import METADATA, Changed, Domain, Listed
-from rtpind.host.ledgerfile import LedgerFile
-from rtpind.host.udev import CpusChanged, Unheard
+from rtpind.host.listener import Unheard
+from rtpind.host.udev import CpusChanged
 
-UUID, NAME = uuid_of(PID), "rt-1"
-DOMAIN = Domain(UUID, NAME)
 TRAITS = Traits(flavor="rt")
-
-
-class Hypervisor:
-    """Notes what it is asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, Process]] = []
-        self.lists = 0
-
-    def describe(self, uuid: str, process: Process) -> None:
-        self.asked.append((uuid, process))
-
-    def relist(self) -> None:
-        self.lists += 1
-
-    def take(self) -> list[Process]:
-        """Return which processes were asked about since the last time."""
-        found, self.asked = [process for _, process in self.asked], []
-        return found
-
-
-class Observer(World):
-    """A world whose guests can be described."""
-
-    def __init__(self, *guests: Any) -> None:
-        super().__init__(host(), list(guests))
-        self.known: list[tuple[str, Process, Traits | str]] = []
-
-    def process_of(self, name: str) -> Process | None:
-        return next((one.process for one in self.guests if one.name == name), None)
-
-    def describe(self, uuid: str, process: Process, told: Traits | str) -> bool:
-        news = (uuid, process, told) not in self.known
-        self.known.append((uuid, process, told))
-        return news
-
-
-class OnPaper(Service):
-    """The service, which does not move the threads of the test."""
-
-    def __init__(self, *parts: Any) -> None:
-        super().__init__(*parts)
-        self.adopted: list[str] = []
-        house: Any = SimpleNamespace(keep=lambda cpus: self.adopted.append(str(cpus)))
-        self._house = house
-
-
-class Loop:
-    """The service with a simulated host and libvirt; each turn takes some items and does what is due."""
-
-    def __init__(self, directory: Path) -> None:
-        self.records: list[Record] = []
-        self.world = Observer(guest(NAME))
-        observer: Any = self.world
-        file = LedgerFile(directory)
-        reconciler = Reconciler(observer, file, self.records.append, kernel=self.world, clock=self.world.clock)
-        reconciler.policy = replace(policy(), mode=Mode.OBSERVE)  # else the second looks before FIFO come in between
-        self.libvirt: Any = Hypervisor()
-        self.service = OnPaper(reconciler, directory / "policy.yaml")
-        self.service._hypervisor = self.libvirt
-        self.service._definitions = Definitions(reconciler, self.libvirt.describe)
-
-    def turn(self, *items: Any) -> None:
-        self.service._turn(list(items))
-
-    def full(self) -> None:
-        self.service._full_due = 0.0
-        self.turn()
-
-    def said(self, kind: Kind) -> list[str]:
-        return [record.message for record in self.records if record.kind is kind]
 
 
 @pytest.fixture
@@ -223,10 +144,14 @@ def test_a_pcpu_that_goes_offline_makes_it_look_at_everything(loop: Loop) -> Non
     assert loop.said(Kind.HOTPLUG) == []
 
 
-def test_a_kernel_that_is_not_heard_is_said(loop: Loop) -> None:
+@pytest.mark.parametrize(
+    ("layer", "what"), [("udev", "pCPUs"), ("inotify", "libvirt's files"), ("proc-events", "threads")]
+)
+def test_a_kernel_that_is_not_heard_is_said(loop: Loop, layer: str, what: str) -> None:
     """With the cause, and what is lost."""
-    loop.turn(Unheard("EPERM"))
+    loop.turn(Unheard(layer, "EPERM"))
 
-    (text,) = loop.said(Kind.HOTPLUG)
-    assert text.startswith("the kernel's events about pCPUs cannot be heard (EPERM)")
+    (text,) = loop.said(Kind.EVENTS)
+    assert text.startswith(f"the kernel's events about {what} cannot ")
+    assert "heard (EPERM)" in text
     assert text.endswith("within 10 s")

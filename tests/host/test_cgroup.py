@@ -331,3 +331,16 @@ def test_a_real_fence_is_found(cage):
     assert cgroups.threads(found) == [child.pid]
     limits = cgroups.limits(child.pid, child.pid)
     assert (limits.fence, limits.fenced_by) == (CpuSet([0]), f"/{name}")
+
+
+@pytest.mark.parametrize(("mounts", "where"), [(V1, "cpuset"), (HYBRID, "cpuset"), (V2, "")])
+def test_where_threads_get_their_cgroups_is_beside_the_emulator(tmp_path, mounts, where):
+    """In the hierarchy that decides affinity; of who is not in an emulator cgroup, or has gone, nowhere."""
+    home = tmp_path / "sys/fs/cgroup" / where / SCOPE[1:] / "libvirt"
+    (home / "emulator").mkdir(parents=True)
+    cgroups = Cgroups(make_tree(tmp_path, {"proc/self/mountinfo": mounts}))
+
+    assert cgroups.above(f"{SCOPE}/libvirt/emulator") == str(home)
+    assert cgroups.above(f"{SCOPE}/libvirt/vcpu0") is None
+    assert cgroups.above("/machine/gone/emulator") is None
+    assert cgroups.above("/") is cgroups.above("") is None

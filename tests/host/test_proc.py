@@ -509,3 +509,18 @@ def test_the_threads_of_this_process_vanish_while_they_are_read():
         worker.join()
 
     assert all(os.getpid() in {one.id.tid for one in sightings} for _, sightings in seen)
+    assert sum(one is not None for one in seen) >= 200
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "uuid"),
+    [
+        (b"/usr/bin/qemu-system-x86_64\0-name\0guest=rt\0-uuid\x001234-5\0-msg\0", "1234-5"),
+        (b"qemu\0-uuid\0", ""),
+        (b"/usr/libexec/virtiofsd\0--fd=33\0", ""),
+        (b"", ""),
+    ],
+)
+def test_a_qemu_has_its_uuid_in_its_arguments(tmp_path, cmdline, uuid):
+    """Who has none there is no guest's QEMU, or is not one yet."""
+    assert Proc(make_tree(tmp_path, {"proc/7/cmdline": cmdline})).uuid(7) == uuid

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from trees import until
 
-from rtpind.host.udev import CpuEvents, CpusChanged, Unheard, listen
+from rtpind.host.listener import Unheard
+from rtpind.host.udev import CpuEvents, CpusChanged, listen
 
 UEVENT = Path("/sys/devices/system/cpu/cpu1/uevent")
 
@@ -99,7 +100,7 @@ def test_who_cannot_listen_says_so_once(hear: Callable[..., list[Any]], error: E
     posts = hear(refuse)
     until(ended, "the thread has ended")
 
-    assert posts == [Unheard(str(error) or "MemoryError")]
+    assert posts == [Unheard("udev", str(error) or "MemoryError")]
 
 
 def test_a_socket_that_breaks_is_said(hear: Callable[..., list[Any]], kernel: Kernel) -> None:
@@ -109,7 +110,7 @@ def test_a_socket_that_breaks_is_said(hear: Callable[..., list[Any]], kernel: Ke
     kernel.far.shutdown(socket.SHUT_WR)
     until(ended, "the thread has ended")
 
-    assert posts == [CpusChanged(1, online=True), Unheard("it is closed")]
+    assert posts == [CpusChanged(1, online=True), Unheard("udev", "it is closed")]
 
 
 def test_stopping_ends_the_thread(kernel: Kernel) -> None:
@@ -137,7 +138,7 @@ def test_stopping_what_has_ended_is_nothing() -> None:
     with tempfile.TemporaryFile() as others, tempfile.TemporaryFile() as more:
         events.stop()
         assert (os.fstat(others.fileno()).st_size, os.fstat(more.fileno()).st_size) == (0, 0)
-    assert posts == [Unheard("no libudev")]
+    assert posts == [Unheard("udev", "no libudev")]
 
 
 def test_the_real_kernel_is_heard(hear: Callable[..., list[Any]]) -> None:
