@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Writes the tables and the machine's description into a page, between two markers, and plots beside it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import plot
+from bench.contenders import Contender
+from bench.results import Table
+
+BEGIN = "<!-- Written by make bench: from here -->"
+END = "<!-- Written by make bench: to here -->"
+
+
+def write(page: Path, tables: Sequence[Table], head: Sequence[str]) -> None:
+    """Replace what stands between the markers; the rest of the page stays. Plots go beside it as bench-KEY.svg."""
+    text = page.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no markers")
+    parts = ["\n".join(head)]
+    for table in tables:
+        picture = page.with_name(f"bench-{table.key}.svg")
+        picture.write_text(plot.svg(table))
+        parts += [
+            f"### {table.title}",
+            table.text,
+            markdown(table.rows()),
+            f"{table.circumstances()}",
+            f"![{table.title}]({picture.name})",
+        ]
+    page.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; the first row is its heading."""
+    head, *rest = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *rest]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine() -> str:
+    """Describe this machine in one sentence."""
+    info = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") / 2**30
+    virtual = "a virtual machine" if re.search(r"^flags.*\bhypervisor\b", info, re.MULTILINE) else "a bare machine"
+    cgroups = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
+    return (
+        f"{virtual} with {os.cpu_count()} CPUs ({model[1] if model else platform.machine()}), {memory:.0f} GiB, "
+        f"Linux {platform.release()}, cgroup {cgroups}, {_version('virsh', 'libvirt')}, "
+        f"{_version('qemu-system-x86_64', 'QEMU')}, Python {platform.python_version()}"
+    )
+
+
+def _version(program: str, name: str) -> str:
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"\d+\.\d+[\d.]*", done.stdout)
+    return f"{name} {found[0] if found else '?'}"
+
+
+def who(contenders: Sequence[Contender], absent: dict[str, str]) -> str:
+    """Say who is compared, and who is not and why."""
+    lines = [f"- **{one.name.replace('<', '&lt;')}**: {one.text}" for one in contenders]
+    lines += [f"- {name.replace('<', '&lt;')} is left out: {reason}" for name, reason in absent.items()]
+    return "\n".join(lines)
