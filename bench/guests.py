@@ -21,6 +21,7 @@ from demo.guests import RUN_DIR, Guest, Seen, rounds, seen
 
 _INTERVAL_S = 0.0005
 _WATCH_PRIORITY = 50
+_STAYS_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +200,11 @@ class LateWatch(Watch):
         if not self._tid:
             return False
         now = time.monotonic()
-        if os.sched_getaffinity(int(self._tid)) <= self._place:
-            self._placed = now
-        return bool(self._placed) or now > self._entered + self._patience
+        if not os.sched_getaffinity(int(self._tid)) <= self._place:
+            self._placed = 0.0  # or not any more: it can have inherited its place, until libvirt resets it
+            return now > self._entered + self._patience
+        self._placed = self._placed or now
+        return now > self._placed + _STAYS_S
 
 
 def in_cgroup(tid: str, name: str) -> bool:

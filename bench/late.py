@@ -14,7 +14,7 @@ from demo.guests import Guest
 PATIENCE_S = 3.0
 _TEXT = f"""\
 An iothread and a vCPU are plugged into a running guest. The time runs from the sample that first shows the new thread
-in its `iothreadN` or `vcpuN` cgroup (libvirt resets its affinity there) to the one that shows it on its pCPUs only;
+in its `iothreadN` or `vcpuN` cgroup (libvirt resets its affinity there) to the one from which on it stays on its pCPUs;
 "never" means not within {PATIENCE_S:g} s."""
 
 

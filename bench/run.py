@@ -112,7 +112,8 @@ def main() -> int:
 
 def _print(table: Table) -> None:
     columns, *rows = table.rows()
-    show.line(f"\n== {table.title}\n")
+    for text in ("", f"== {table.title}", ""):
+        show.line(text)
     show.table(columns, rows)
     show.line(table.circumstances())
 

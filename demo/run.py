@@ -45,7 +45,8 @@ def main() -> int:
             show.line(f"FAILED: {failure}. rtpind's last words:")
             for record in stage.records()[-5:]:
                 show.line(f"  {record.partition(' [RTPIND_')[0]}")
-        show.line("\n== Cleaning up\n")
+        for text in ("", "== Cleaning up", ""):
+            show.line(text)
         cleaned = clean(stage, runtime)
     failed = [text for text, true in stage.claims.items() if not true]
     failed += [failure] if failure else []

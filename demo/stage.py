@@ -195,8 +195,9 @@ class Stage:
         elif _fair_server():
             show.line(
                 "This kernel has RT_GROUP_SCHED: without a budget no thread of a guest gets SCHED_FIFO. For the time "
-                f"of this run kernel.sched_rt_runtime_us is -1 (was {runtime}; put back at the end).\n"
+                f"of this run kernel.sched_rt_runtime_us is -1 (was {runtime}; put back at the end)."
             )
+            show.line("")
             with self.interrupts.held():
                 RT_RUNTIME.write_text("-1")
                 self.undo.callback(RT_RUNTIME.write_text, runtime)
@@ -204,8 +205,9 @@ class Stage:
             self.fifo = False
             show.line(
                 "This kernel has RT_GROUP_SCHED and no fair server: SCHED_FIFO cannot be had safely, so this shows "
-                "pCPUs only.\n"
+                "pCPUs only."
             )
+            show.line("")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
