@@ -20,7 +20,8 @@ from demo.guests import Guest
 from demo.measure import cpu_time
 from demo.stage import Stage, end
 
-PREFIX = "rtpind-bench"
+#: Of guests and files; short, see :meth:`Bench.name`.
+PREFIX = "rtpind-side"
 HOGS = 4
 
 
@@ -93,7 +94,7 @@ class Bench:
                 try:
                     turn(contender)
                 except (OSError, RuntimeError, libvirt.libvirtError, subprocess.SubprocessError) as error:
-                    table.lost.append(f"{contender.name}: {error}")
+                    table.lose(contender.name, error)
                 stolen_now, total_now = cpu_time()
                 table.steal.append((stolen_now - stolen) / max(total_now - total, 1))
                 print(f"{table.key}: round {number + 1} of {count}: {contender.name}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from demo.stage import Stage, end
 
 HOOK_FILE = Path("/etc/libvirt/hooks/qemu")
 _MARK = "# Installed by a benchmark of rtpind, for the time of its run, by process"
+_PROFILE = "rtpind-benchmark"
 _POLICY = """\
 version: 1
 mode: enforce
@@ -127,6 +129,43 @@ def _rival(kind: str) -> Callable[[Stage, Place], Running]:
 
 
 @contextlib.contextmanager
+def _tuned(stage: Stage, place: Place) -> Iterator[int]:
+    """Run the TuneD daemon, without D-Bus, on a profile with one scheduler rule; what it writes to disk is its own.
+
+    A rule matches a process's command line: TuneD cannot tell a vCPU from the guest's other threads.
+    """
+    profile = stage.dir / "tuned" / _PROFILE
+    profile.mkdir(parents=True, exist_ok=True)
+    mask = sum(1 << cpu for cpu in place.vcpus)
+    scheduler = f"f:{place.fifo}" if place.fifo else "*:0"
+    rule = f"group.guests=0:{scheduler}:{mask:x}:.*guest={stage.prefix}-.*"
+    (profile / "tuned.conf").write_text(f"[scheduler]\n{rule}\n")
+    script = (
+        "cp -a /etc/tuned/. $1 && mount --bind $1 /etc/tuned && "
+        "mkdir -p /run/tuned && mount -t tmpfs tmpfs /run/tuned && exec tuned --no-dbus --no-socket --profile $2"
+    )
+    log = stage.dir / "tuned.log"
+    words = ("unshare", "--mount", "sh", "-c", script, "sh", str(profile.parent), _PROFILE)
+    with _process(stage, *words, log=log) as process:
+        wait_for(
+            lambda: "applied" in log.read_text() or process.poll() is not None, "TuneD has applied its profile", 60
+        )
+        if process.poll() is not None:
+            raise RuntimeError(f"TuneD ended: {log.read_text()[-500:]}")
+        yield process.pid
+
+
+def _lacks_tuned() -> str:
+    if shutil.which("tuned") is None:
+        return "TuneD is not installed (apt-get install tuned)"
+    running = ["pgrep", "-f", "^[^ ]*python[^ ]* .*/tuned( |$)"]
+    if subprocess.run(running, capture_output=True, check=False).returncode == 0:
+        return "a TuneD daemon of this host's runs already"
+    perf = subprocess.run(["/usr/bin/python3", "-c", "import perf"], capture_output=True, check=False)
+    return "its scheduler plugin needs the kernel's perf module for Python" if perf.returncode else ""
+
+
+@contextlib.contextmanager
 def _rtpind(stage: Stage, place: Place) -> Iterator[int]:
     vcpu = f", exclusive: thread, scheduler: fifo, priority: {place.fifo}" if place.fifo else ""
     stage.policy.write_text(
@@ -160,6 +199,8 @@ ALL = (
               process=False),
     Contender("subscriber", "a program that pins every thread once when libvirt says STARTED", _rival("subscriber")),
     Contender("poller", "a program that pins every thread of every guest once a second", _rival("poller")),
+    Contender("TuneD", "its scheduler plugin, with a rule for QEMU's command line; it cannot tell threads apart",
+              _tuned, _lacks_tuned),
     Contender("rtpind", "this tree, with the period it ships with (10 s)", _rtpind),
 )  # fmt: skip
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Writes the tables and the machine's description into a page, between two markers, and plots beside it."""
+"""Writes the tables and the machine's description into a page, between markers, and plots beside it."""
 
 from __future__ import annotations
 
@@ -7,36 +7,41 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import plot
 from bench.contenders import Contender
 from bench.results import Table
 
-BEGIN = "<!-- Written by make bench: from here -->"
-END = "<!-- Written by make bench: to here -->"
 
+def write(page: Path, sections: Mapping[str, str]) -> None:
+    """Replace what stands between ``<!-- bench KEY -->`` and ``<!-- end KEY -->``; all else in the page stays.
 
-def write(page: Path, tables: Sequence[Table], head: Sequence[str]) -> None:
-    """Replace what stands between the markers; the rest of the page stays. Plots go beside it as bench-KEY.svg."""
+    Raises ValueError, and writes nothing, when the page has no such markers for one of the keys.
+    """
     text = page.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no markers")
-    parts = ["\n".join(head)]
-    for table in tables:
-        picture = page.with_name(f"bench-{table.key}.svg")
-        picture.write_text(plot.svg(table))
-        parts += [
-            f"### {table.title}",
-            table.text,
-            markdown(table.rows()),
-            f"{table.circumstances()}",
-            f"![{table.title}]({picture.name})",
-        ]
-    page.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after)
+    for key, section in sections.items():
+        before, begin, rest = text.partition(f"<!-- bench {key} -->\n")
+        _, end, after = rest.partition(f"<!-- end {key} -->\n")
+        if not begin or not end:
+            raise ValueError(f"{page} has no markers for {key}")
+        text = f"{before}{begin}\n{section}\n\n{end}{after}"
+    page.write_text(text)
+
+
+def section(table: Table, page: Path, circumstances: str) -> str:
+    """Return a table with what belongs to it; writes its plot beside the page, as bench-KEY.svg."""
+    picture = page.with_name(f"bench-{table.key}.svg")
+    picture.write_text(plot.svg(table))
+    parts = (
+        f"### {table.title}",
+        table.text,
+        markdown(table.rows()),
+        f"{circumstances} {table.circumstances()}",
+        f"![{table.title}]({picture.name})",
+    )
+    return "\n\n".join(parts)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -43,9 +43,13 @@ class Table:
             assert key in self.columns, key
             self.figures[contender][key].append(value)
 
-    def remark(self, contender: str, text: str) -> None:
-        """Keep what went wrong, once: numbers in it, which differ each time, become N."""
-        self.remarks.add(f"{contender}: {re.sub(r'[0-9]+', 'N', text)}")
+    def remark(self, contender: str, error: Exception) -> None:
+        """Keep why a start failed, once."""
+        self.remarks.add(_reason(contender, error))
+
+    def lose(self, contender: str, error: Exception) -> None:
+        """Keep why a turn gave no figure."""
+        self.lost.append(_reason(contender, error))
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return heading and one row for each contender, as text."""
@@ -58,11 +62,20 @@ class Table:
     def circumstances(self) -> str:
         """Return how many turns there were and what the machine did meanwhile."""
         counts = [max((len(values) for values in figures.values()), default=0) for figures in self.figures.values()]
-        turns = f"{min(counts)}–{max(counts)}" if min(counts) != max(counts) else f"{counts[0]}"
-        text = f"{turns} measured per contender; host steal {median(self.steal):.1%}, at most {max(self.steal):.1%}; "
+        least, most = min(counts, default=0), max(counts, default=0)
+        measured = f"{least}" if least == most else f"{least}–{most}"
+        text = (
+            f"{measured} measured per contender; host steal {median(self.steal):.1%}, at most {max(self.steal):.1%}; "
+        )
         text += f"load average before a turn {median(self.load):.1f} (at most {max(self.load):.1f})."
-        text += f" Turns lost: {'; '.join(self.lost)}." if self.lost else ""
+        lost = [f"{text} ({count})" for text, count in sorted(Counter(self.lost).items())]
+        text += f" Turns lost: {'; '.join(lost)}." if self.lost else ""
         return text + (f" Why starts failed: {'; '.join(sorted(self.remarks))}." if self.remarks else "")
+
+
+def _reason(contender: str, error: Exception) -> str:
+    """Numbers, which differ each time, become N."""
+    return f"{contender}: {re.sub('[0-9]+', 'N', ' '.join(str(error).split()))}"
 
 
 def summary(values: Sequence[Value], column: Column) -> str:

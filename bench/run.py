@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import libvirt
 from bench import drift, jitter, late, report, starts, steady
 from bench.bench import PREFIX, Bench
 from bench.contenders import ALL, remove_hook
-from bench.results import Table, load_average
+from bench.results import Table
 from demo.guests import kvm_works
 from demo.run import clean
 from demo.stage import RT_RUNTIME, Interrupted, Interrupts, Stage, refusal
@@ -45,7 +45,7 @@ class Size:
 
 
 QUICK = Size(starts=(3, 1), late=3, drift=2, steady=(1, 20, 20.0), jitter=3)
-FULL = Size(starts=(20, 10), late=30, drift=10, steady=(5, 20, 60.0), jitter=10)
+FULL = Size(starts=(20, 10), late=30, drift=6, steady=(3, 20, 60.0), jitter=10)
 
 EXPERIMENTS: dict[str, Callable[[Bench, Size], tuple[Table, ...]]] = {
     "starts": lambda bench, size: starts.run(bench, *size.starts),
@@ -57,10 +57,12 @@ EXPERIMENTS: dict[str, Callable[[Bench, Size], tuple[Table, ...]]] = {
 
 
 def main() -> int:
-    """Run, put everything back, write the page."""
+    """Run, put everything back, write what was finished to the page."""
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__)
     parser.add_argument("--full", action="store_true", help="hours, not minutes: as many rounds as figures need")
-    parser.add_argument("--only", choices=EXPERIMENTS, action="append", help="this experiment; the page stays as it is")
+    parser.add_argument(
+        "--only", choices=EXPERIMENTS, action="append", help="this experiment; the page keeps the others"
+    )
     parser.add_argument("--page", type=Path, default=_PAGE, help="where to write the tables")
     parser.add_argument("--note", default="", help="what else the machine did meanwhile, for the page")
     options = parser.parse_args()
@@ -68,17 +70,15 @@ def main() -> int:
     if reason:
         print(f"bench: {reason}", file=sys.stderr)
         return 1
-    absent = {one.name: why for one in ALL if (why := one.lacks())}
-    contenders = tuple(one for one in ALL if one.name not in absent)
     remove_hook()  # of a run that was killed
-    runtime, began, load = RT_RUNTIME.read_text(), time.monotonic(), load_average()
+    runtime = RT_RUNTIME.read_text()
     interrupts = Interrupts()
     stage = Stage(contextlib.ExitStack(), interrupts, PREFIX)
+    bench = Bench(stage, "kvm" if kvm_works() else "qemu", tuple(one for one in ALL if not one.lacks()))
     tables: list[Table] = []
     failure, number = "", 0
     try:
         stage.set_up()
-        bench = Bench(stage, "kvm" if kvm_works() else "qemu", contenders)
         with bench.guest(ALL[0], bench.fifo) as guest:
             stage.allow_fifo(guest.vcpus()[0].tid)
         for name in options.only or EXPERIMENTS:
@@ -92,30 +92,31 @@ def main() -> int:
     finally:
         interrupts.hold()
         cleaned = clean(stage, runtime)
-    _RAW.parent.mkdir(exist_ok=True)
-    _RAW.write_text(json.dumps({table.key: table.figures for table in tables}, indent=1) + "\n")
+    if tables:
+        _keep(tables, options.page, bench, f"{'Full' if options.full else 'QUICK'} run. {options.note}".strip())
     if failure or number or not cleaned:
-        print(f"bench: {failure or 'stopped by a signal'}; the page stays as it was", file=sys.stderr)
+        print(f"bench: {failure or 'stopped by a signal'}", file=sys.stderr)
         return 128 + number if number else 1
-    if not options.only:
-        kind = "KVM" if bench.kind == "kvm" else "emulated (TCG)"
-        head = (
-            f"Measured on {time.strftime('%d %B %Y')} on {report.machine()}; {kind} guests. "
-            f"{'A full' if options.full else 'A QUICK'} run of {(time.monotonic() - began) / 60:.0f} minutes, load "
-            f"average {load:.1f} at its beginning. {options.note}".strip(),
-            "",
-            report.who(contenders, absent),
-        )
-        report.write(options.page, tables, head)
     return 0
 
 
+def _keep(tables: Sequence[Table], page: Path, bench: Bench, remark: str) -> None:
+    """Write the tables to the page, and every figure to a file."""
+    _RAW.parent.mkdir(exist_ok=True)
+    _RAW.write_text(json.dumps({table.key: table.figures for table in tables}, indent=1) + "\n")
+    guests = "KVM" if bench.kind == "kvm" else "emulated (TCG)"
+    machine = f"{report.machine().capitalize()}; {guests} guests where not said otherwise."
+    absent = {one.name: why for one in ALL if one not in bench.contenders and (why := one.lacks())}
+    sections = {"machine": f"{machine}\n\n{report.who(bench.contenders, absent)}"}
+    day = time.strftime("%d %B %Y")
+    report.write(page, sections | {table.key: report.section(table, page, f"{day}. {remark}") for table in tables})
+
+
 def _print(table: Table) -> None:
-    columns, *rows = table.rows()
     for text in ("", f"== {table.title}", ""):
         show.line(text)
-    show.table(columns, rows)
-    show.line(table.circumstances())
+    for text in (*report.markdown(table.rows()).splitlines(), "", table.circumstances()):
+        print(text)
 
 
 if __name__ == "__main__":

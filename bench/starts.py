@@ -60,7 +60,7 @@ def _start(bench: Bench, contender: Contender, table: Table) -> None:
             guest = bench.start(name, contender, place, boot="count", shared=True, firmware=False)
         except libvirt.libvirtError as error:
             table.add(contender.name, starts=1, failed=1)
-            table.remark(contender.name, str(error))
+            table.remark(contender.name, error)
             return
         ends.callback(bench.end, guest)
         watch.finish(30)

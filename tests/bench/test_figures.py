@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -78,35 +79,43 @@ def table() -> Table:
 
 
 def test_the_page_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
-    """Only what is between the markers is replaced, also the second time."""
+    """Only what is between a key's markers is replaced, also the second time."""
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text("before\n<!-- bench key -->\nold\n<!-- end key -->\nafter\n<!-- bench x -->\n<!-- end x -->\n")
     for _ in range(2):
-        report.write(page, [table()], ["A machine."])
+        report.write(page, {"key": report.section(table(), page, "A quick run.")})
     text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
+    assert text.startswith("before\n<!-- bench key -->\n")
+    assert text.endswith("\n<!-- end key -->\nafter\n<!-- bench x -->\n<!-- end x -->\n")
     assert "old" not in text
-    assert text.count("A machine.") == 1
     assert "| &lt;cputune> | 2.5 (0.0–5.0), never in 1 of 3 | 3 |" in text
     assert "| rtpind | 0.2 (0.2–0.2) | – |" in text
-    assert "host steal 12.5%, at most 25.0%; load average before a turn 2.0 (at most 3.0)" in text
+    assert text.count("A quick run. 1–3 measured per contender; host steal 12.5%, at most 25.0%") == 1
     assert (tmp_path / "bench-key.svg").exists()
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
     """Nothing is overwritten that was not meant to be."""
     page = tmp_path / "page.md"
-    page.write_text("by hand\n")
-    with pytest.raises(ValueError, match="no markers"):
-        report.write(page, [table()], [])
-    assert page.read_text() == "by hand\n"
+    page.write_text("<!-- bench a -->\n<!-- end a -->\n")
+    with pytest.raises(ValueError, match="no markers for b"):
+        report.write(page, {"a": "text", "b": "text"})
+    assert page.read_text() == "<!-- bench a -->\n<!-- end a -->\n"
 
 
-def test_the_shipped_page_has_its_markers() -> None:
+def test_lost_turns_are_counted_by_reason() -> None:
+    """Numbers in them differ each time and are left out."""
+    made = table()
+    for tid in (17, 18):
+        made.lose("poller", RuntimeError(f"no thread {tid}"))
+    assert made.circumstances().endswith("Turns lost: poller: no thread N (2).")
+
+
+@pytest.mark.parametrize("key", ["machine", "start-idle", "start-hogs", "late", "drift", "steady", "jitter"])
+def test_the_shipped_page_has_its_markers(key: str) -> None:
     """``make bench`` has somewhere to write to."""
     text = (ROOT / "docs/benchmarks.md").read_text()
-    assert text.count(report.BEGIN) == text.count(report.END) == 1
+    assert len(re.findall(rf"^<!-- bench {key} -->\n(?s:.*?)^<!-- end {key} -->$", text, re.MULTILINE)) == 1
 
 
 def test_a_plot_shows_every_figure() -> None:
