@@ -141,7 +141,7 @@ def _tuned(stage: Stage, place: Place) -> Iterator[int]:
     rule = f"group.guests=0:{scheduler}:{mask:x}:.*guest={stage.prefix}-.*"
     (profile / "tuned.conf").write_text(f"[scheduler]\n{rule}\n")
     script = (
-        "cp -a /etc/tuned/. $1 && mount --bind $1 /etc/tuned && "
+        'cp -a /etc/tuned/. "$1" && mount --bind "$1" /etc/tuned && '
         "mkdir -p /run/tuned && mount -t tmpfs tmpfs /run/tuned && exec tuned --no-dbus --no-socket --profile $2"
     )
     log = stage.dir / "tuned.log"
