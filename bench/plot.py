@@ -16,7 +16,7 @@ _WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 760, 120, 110, 44, 30
 def svg(table: Table) -> str:
     """Return the picture. Zero stands at the left edge, what never happened in a column of its own at the right."""
     key, column = next(iter(table.columns.items()))
-    rows = {name: figures[key] for name, figures in table.figures.items() if figures.get(key)}
+    rows = {name: figures.get(key, []) for name, figures in table.figures.items()}
     there = [value for values in rows.values() for value in values if value]
     low = math.floor(math.log10(max(min(there, default=1.0), 0.01)))
     high = max(math.ceil(math.log10(max(there, default=10.0))), low + 1)
@@ -56,6 +56,8 @@ def _line(x: float, bottom: float, text: str) -> str:
 def _row(name: str, values: Sequence[Value], x: Callable[[Value], float], y: float) -> str:
     there = [value for value in values if value is not None]
     dots = [f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="#36c" fill-opacity="0.45"/>' for value in values]
+    if not values:
+        dots.append(f'<text x="{_LEFT + 12}" y="{y + 4}" fill="#888">no figure</text>')
     if there:
         middle = x(median(there))
         dots.append(

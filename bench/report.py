@@ -56,13 +56,20 @@ def machine() -> str:
     info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") / 2**30
-    virtual = "a virtual machine" if re.search(r"^flags.*\bhypervisor\b", info, re.MULTILINE) else "a bare machine"
+    virtual = "A virtual machine" if re.search(r"^flags.*\bhypervisor\b", info, re.MULTILINE) else "A bare machine"
     cgroups = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
     return (
         f"{virtual} with {os.cpu_count()} CPUs ({model[1] if model else platform.machine()}), {memory:.0f} GiB, "
         f"Linux {platform.release()}, cgroup {cgroups}, {_version('virsh', 'libvirt')}, "
         f"{_version('qemu-system-x86_64', 'QEMU')}, Python {platform.python_version()}"
     )
+
+
+def commit(root: Path) -> str:
+    """Name the commit that was measured, with "-dirty" when there were changes to it."""
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "unknown commit"
 
 
 def _version(program: str, name: str) -> str:

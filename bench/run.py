@@ -105,10 +105,10 @@ def _keep(tables: Sequence[Table], page: Path, bench: Bench, remark: str) -> Non
     _RAW.parent.mkdir(exist_ok=True)
     _RAW.write_text(json.dumps({table.key: table.figures for table in tables}, indent=1) + "\n")
     guests = "KVM" if bench.kind == "kvm" else "emulated (TCG)"
-    machine = f"{report.machine().capitalize()}; {guests} guests where not said otherwise."
+    machine = f"{report.machine()}; {guests} guests where not said otherwise."
     absent = {one.name: why for one in ALL if one not in bench.contenders and (why := one.lacks())}
     sections = {"machine": f"{machine}\n\n{report.who(bench.contenders, absent)}"}
-    day = time.strftime("%d %B %Y")
+    day = f"{time.strftime('%d %B %Y')}, {report.commit(_ROOT)}"
     report.write(page, sections | {table.key: report.section(table, page, f"{day}. {remark}") for table in tables})
 
 

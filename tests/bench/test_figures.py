@@ -46,6 +46,11 @@ def samples(*rows: tuple[int, bool, bool, bool]) -> list[Sample]:
             id="moved away for one sample: the intervals on both sides of it",
         ),
         pytest.param(samples((0, False, False, False), (4, False, False, True)), OffPlace(4, 4, 4), id="never placed"),
+        pytest.param(
+            samples((0, True, True, False), (1, True, True, True), (3, True, False, True)),
+            OffPlace(0, 2, 3),
+            id="lost FIFO",
+        ),
         pytest.param([], OffPlace(0, 0, 0), id="nothing seen"),
     ],
 )
@@ -94,13 +99,14 @@ def test_the_page_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "bench-key.svg").exists()
 
 
-def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["", "<!-- bench b -->\n", "<!-- end b -->\n"])
+def test_a_page_without_markers_is_left_alone(tmp_path: Path, more: str) -> None:
     """Nothing is overwritten that was not meant to be."""
     page = tmp_path / "page.md"
-    page.write_text("<!-- bench a -->\n<!-- end a -->\n")
+    page.write_text("<!-- bench a -->\n<!-- end a -->\n" + more)
     with pytest.raises(ValueError, match="no markers for b"):
         report.write(page, {"a": "text", "b": "text"})
-    assert page.read_text() == "<!-- bench a -->\n<!-- end a -->\n"
+    assert page.read_text() == "<!-- bench a -->\n<!-- end a -->\n" + more
 
 
 def test_lost_turns_are_counted_by_reason() -> None:
