@@ -16,9 +16,9 @@ _PATIENCE_S = 3.0
 #: The hogs have found pCPUs: one that starts where FIFO runs waits there until the kernel moves it.
 _SETTLE_S = 2.0
 _TEXT = f"""\
-The guest does nothing but read the clock and note its worst gap, for {measure.SECONDS:g} s under {HOGS} CPU hogs
-that began {_SETTLE_S:g} s before. Run delay is how long its vCPU was ready to run and did not (schedstat). RT throttling is off where the kernel's own fair
-server protects the host. An emulated (TCG) guest, so that its clock is the host's."""
+The guest does nothing but read the clock and note its worst gap, for {measure.SECONDS:g} s under {HOGS} CPU hogs that
+began {_SETTLE_S:g} s before. Run delay is how long its vCPU was ready to run and did not (schedstat). RT throttling is
+off where the kernel's own fair server protects the host. An emulated (TCG) guest, so that its clock is the host's."""
 
 
 def run(bench: Bench, rounds: int) -> Table:

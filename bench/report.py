@@ -66,10 +66,13 @@ def machine() -> str:
 
 
 def commit(root: Path) -> str:
-    """Name the commit that was measured, with "-dirty" when there were changes to it."""
-    words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "unknown commit"
+    """Name the last commit that touched rtpind itself, and say whether there were changes to it since."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words, "--", "rtpind"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return f"rtpind of commit {git('log', '-1', '--format=%h') or '?'}{' with changes' if git('diff', 'HEAD') else ''}"
 
 
 def _version(program: str, name: str) -> str:
