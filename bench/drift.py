@@ -33,15 +33,16 @@ def run(bench: Bench, rounds: int) -> Table:
 
     def turn(contender: Contender) -> None:
         with contender.run(bench.stage, place), bench.guest(contender, place) as guest:
+            tid = guest.vcpus()[0].tid
 
             def back() -> bool:
-                return all(map(place.holds, guest.vcpus()))
+                return os.sched_getaffinity(tid) <= place.vcpus
 
             if first_time(back, _START_S) is None:
                 table.add(contender.name, moved=None, widened=None)  # it never was there
                 return
             time.sleep(_SETTLE_S + random.random() * 3)  # noqa: S311 - not a secret
-            os.sched_setaffinity(guest.vcpus()[0].tid, bench.stage.all)
+            os.sched_setaffinity(tid, bench.stage.all)
             moved = first_time(back, PATIENCE_S)
             cpus = range(max(bench.stage.all) + 1)
             for allowed in (place.helpers, bench.stage.all):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -41,7 +42,7 @@ length, with strace, its `sched_set*` calls. <cputune> and the hook script have 
 
         def turn(contender: Contender) -> None:
             with contender.run(bench.stage, place) as pid:
-                first_time(lambda: all(place.holds(vcpu) for one in running for vcpu in one.vcpus()), 5)
+                first_time(lambda: all(os.sched_getaffinity(tid) <= place.vcpus for tid in tids), 5)
                 time.sleep(_SETTLE_S)
                 began, before = cpu_time_ns(pid) if pid else 0, switches(tids)
                 time.sleep(seconds)
