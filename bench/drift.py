@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 
 import libvirt
 
 from bench.bench import Bench
 from bench.contenders import Contender
-from bench.guests import first_time
+from bench.guests import at_random, first_time
 from bench.results import Column, Table
 
 #: Longer than rtpind's period.
@@ -21,7 +20,7 @@ _START_S = 3.0
 _SETTLE_S = 6.0
 _TEXT = f"""\
 A vCPU on its place for more than {_SETTLE_S:g} s is allowed on every pCPU with `sched_setaffinity`, as `taskset` does,
-at a random moment; then it is fenced off with `virsh vcpupin` for a second and the pin is widened to all pCPUs again.
+at a random moment; then it is fenced off with `virsh vcpupin` for a second or two, and the pin is widened to all pCPUs.
 Each time runs until the vCPU is back on its pCPU only; "never" means not within {PATIENCE_S:g} s."""
 
 
@@ -41,7 +40,8 @@ def run(bench: Bench, rounds: int) -> Table:
             if first_time(back, _START_S) is None:
                 table.add(contender.name, moved=None, widened=None)  # it never was there
                 return
-            time.sleep(_SETTLE_S + random.random() * 3)  # noqa: S311 - not a secret
+            time.sleep(_SETTLE_S)
+            at_random(3)
             os.sched_setaffinity(tid, bench.stage.all)
             moved = first_time(back, PATIENCE_S)
             cpus = range(max(bench.stage.all) + 1)
@@ -49,6 +49,7 @@ def run(bench: Bench, rounds: int) -> Table:
                 guest.dom.pinVcpuFlags(0, tuple(cpu in allowed for cpu in cpus), libvirt.VIR_DOMAIN_AFFECT_LIVE)
                 if allowed == place.helpers:
                     time.sleep(1)
+                    at_random(1)
             table.add(contender.name, moved=moved, widened=first_time(back, PATIENCE_S))
 
     bench.rounds(table, rounds, turn)

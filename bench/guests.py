@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -223,6 +224,11 @@ def first_time(condition: Callable[[], bool], patience_s: float) -> float | None
             return passed * 1000
         time.sleep(_INTERVAL_S * 2)
     return None
+
+
+def at_random(within_s: float) -> None:
+    """Wait for a random time, so that nothing is in step with a contender's period."""
+    time.sleep(random.random() * within_s)  # noqa: S311 - not a secret
 
 
 def switches(tids: Sequence[int]) -> int:

@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 from bench.bench import Bench
 from bench.contenders import Contender
-from bench.guests import LateWatch, first_time
+from bench.guests import LateWatch, at_random, first_time
 from bench.results import Column, Table
 from demo.guests import Guest
 
 PATIENCE_S = 3.0
 _TEXT = f"""\
-An iothread and a vCPU are plugged into a running guest. The time runs from the sample that first shows the new thread
-in its `iothreadN` or `vcpuN` cgroup (libvirt resets its affinity there) to the one from which on it stays on its pCPUs;
-"never" means not within {PATIENCE_S:g} s."""
+An iothread and a vCPU are plugged into a running guest at random moments. The time runs from the sample that first
+shows the new thread in its `iothreadN` or `vcpuN` cgroup (libvirt resets its affinity there) to the one from which on
+it stays on its pCPUs; "never" means not within {PATIENCE_S:g} s."""
 
 
 def run(bench: Bench, rounds: int) -> Table:
@@ -32,6 +32,7 @@ def run(bench: Bench, rounds: int) -> Table:
             first_time(lambda: all(map(place.holds, guest.vcpus())), PATIENCE_S)
 
             def plugged(cgroup: str, cpus: frozenset[int], plug: Callable[[Guest], object]) -> float | None:
+                at_random(1)
                 with LateWatch(guest, cgroup, cpus, PATIENCE_S, bench.stage.housekeeping) as watch:
                     plug(guest)
                     watch.finish(PATIENCE_S + 10)

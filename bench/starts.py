@@ -9,16 +9,16 @@ import libvirt
 
 from bench.bench import HOGS, Bench
 from bench.contenders import Contender
-from bench.guests import StartWatch, off_place
+from bench.guests import StartWatch, at_random, off_place
 from bench.results import Column, Table
 
 #: How long a guest is watched: longer than a poller's second.
 WINDOW_S = 1.5
 _TEXT = f"""\
-A guest of one vCPU that counts from its very first instruction is started; the count, in its memory, tells when it
-began. Off-place time is CPU time of its vCPU thread (schedstat) from then on, for {WINDOW_S:g} s, while its affinity
-was wrong or while it was not FIFO 1; an interval between two samples (half a millisecond) counts whole when either end
-was off. "Strays" are other threads of the guest that may still run on its vCPU's pCPU at the end."""
+A guest of one vCPU that counts from its very first instruction is started at a random moment; the count, in its
+memory, tells when it began. Off-place time is CPU time of its vCPU thread (schedstat) from then on, for {WINDOW_S:g} s,
+while its affinity was wrong or while it was not FIFO 1; an interval between two samples (half a millisecond) counts
+whole when either end was off. "Strays" are other threads of the guest that may still run on its vCPU's pCPU then."""
 
 
 def tables() -> tuple[Table, Table]:
@@ -54,6 +54,7 @@ def run(bench: Bench, rounds: int, starts: int) -> tuple[Table, ...]:
 def _start(bench: Bench, contender: Contender, table: Table) -> None:
     place, name = bench.fifo, bench.name()
     watch = StartWatch(f"{bench.stage.prefix}-{name}", place, WINDOW_S, bench.stage.housekeeping)
+    at_random(1)  # of a poller's second
     with contextlib.ExitStack() as ends:
         ends.enter_context(watch)
         try:
