@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,10 +14,10 @@ import pytest
 
 from bench.bench import PREFIX
 from bench.contenders import ALL as ALL_CONTENDERS
-from bench.contenders import HOOK_FILE, remove_hook
-from bench.guests import LateWatch, Place, StartWatch, off_place
+from bench.contenders import HOOK_FILE, Contender, cputune, remove_hook
+from bench.guests import LateWatch, Place, StartWatch, first_time, off_place
 from demo.guests import Lab
-from demo.stage import RT_RUNTIME, refusal
+from demo.stage import RT_RUNTIME, Interrupts, Stage, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = frozenset({0, 1})
@@ -59,18 +60,44 @@ def lab() -> Iterator[Lab]:
         yield made
 
 
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    """What contenders stand on; the signals of the tests are given back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    made = Stage(contextlib.ExitStack(), Interrupts(), PREFIX)
+    with made.undo:
+        made.set_up()
+        yield made
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("contender", ALL_CONTENDERS, ids=lambda one: one.name)
+def test_every_contender_but_nothing_and_tuned_places_a_guest(stage: Stage, contender: Contender) -> None:
+    """So a bad figure is the contender's, not for want of having been told. TuneD is undone by libvirt."""
+    if contender.lacks():
+        pytest.skip(contender.lacks())
+    place = Place(ONE, ZERO)
+    with contender.run(stage, place) as pid:
+        assert bool(pid) == contender.process
+        guest = stage.start("told", cputune=cputune(place, 1, 0) if contender.cputune else "")
+        placed = first_time(lambda: all(map(place.holds, guest.vcpus())), 5)
+    assert (placed is not None) == (contender.name not in ("nothing", "TuneD"))
+
+
 @pytest.mark.parametrize(
-    ("cputune", "off"),
+    ("pins", "off"),
     [
         pytest.param("", True, id="left on every pCPU"),
         pytest.param("<vcpupin vcpu='0' cpuset='0'/>", True, id="pinned elsewhere"),
         pytest.param("<vcpupin vcpu='0' cpuset='1'/>", False, id="pinned to its place"),
     ],
 )
-def test_a_vcpu_left_off_its_place_is_counted(lab: Lab, cputune: str, off: bool) -> None:
+def test_a_vcpu_left_off_its_place_is_counted(lab: Lab, pins: str, off: bool) -> None:
     """All its CPU time since the first instruction counts, or none."""
     with StartWatch(f"{PREFIX}-left", Place(ONE, ZERO), 0.3, ZERO) as watch:
-        lab.start("left", boot="count", shared=True, firmware=False, cputune=cputune)
+        lab.start("left", boot="count", shared=True, firmware=False, cputune=pins)
         watch.finish(20)
 
     found = off_place(watch.samples)
