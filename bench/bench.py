@@ -50,10 +50,13 @@ class Bench:
         return f"g{next(self._numbers):04}"
 
     def start(self, name: str, contender: Contender, place: Place, **wanted: Any) -> Guest:
-        """Start a guest under a contender. Raises libvirt.libvirtError when the start fails."""
+        """Start a guest under a contender; without firmware, so that it does nothing else than it should.
+
+        Raises libvirt.libvirtError when the start fails.
+        """
         vcpus, iothreads = wanted.get("max_vcpus") or wanted.get("vcpus", 1), wanted.get("iothreads", 0)
         tune = cputune(place, vcpus, iothreads) if contender.cputune else ""
-        return self.stage.start(name, kind=wanted.pop("kind", self.kind), cputune=tune, **wanted)
+        return self.stage.start(name, **({"kind": self.kind, "firmware": False} | wanted), cputune=tune)
 
     @contextlib.contextmanager
     def guest(self, contender: Contender, place: Place, **wanted: Any) -> Iterator[Guest]:

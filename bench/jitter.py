@@ -36,7 +36,7 @@ def run(bench: Bench, rounds: int) -> Table:
     def turn(contender: Contender) -> None:
         with (
             contender.run(bench.stage, place),
-            bench.guest(contender, place, kind="qemu", boot="oslat", shared=True) as guest,
+            bench.guest(contender, place, kind="qemu", boot="oslat", shared=True, firmware=True) as guest,
         ):
             first_time(lambda: all(map(place.holds, guest.vcpus())), _PATIENCE_S)
             cycles = clock(guest)

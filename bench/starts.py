@@ -58,7 +58,7 @@ def _start(bench: Bench, contender: Contender, table: Table) -> None:
     with contextlib.ExitStack() as ends:
         ends.enter_context(watch)
         try:
-            guest = bench.start(name, contender, place, boot="count", shared=True, firmware=False)
+            guest = bench.start(name, contender, place, boot="count", shared=True)
         except libvirt.libvirtError as error:
             table.add(contender.name, starts=1, failed=1)
             table.remark(contender.name, error)
