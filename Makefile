@@ -30,9 +30,10 @@ lint: ## ruff, mypy --strict and the import contracts
 	$(PYTHON) -m mypy --strict
 	.venv/bin/lint-imports --no-cache
 
-bench: ## what a decision costs on a large host; touches nothing
-	@tools/setup venv
-	$(PYTHON) -m bench.planning $(ARGS)
+bench: ## rtpind beside what people use today, in docs/benchmarks.md; ARGS=--full for hours of it (root)
+	@tools/setup test
+	$(PYTHON) -m bench.planning
+	$(PYTHON) -m bench.run $(ARGS)
 
 deb: ## build dist/rtpind_VERSION_all.deb (root for build packages)
 	@tools/deb

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Benchmarks: what rtpind costs. Figures are medians with min and max, from one run; see docs/benchmarks.md."""
+"""Benchmarks: what rtpind costs, and what it does beside others; see docs/benchmarks.md."""

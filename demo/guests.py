@@ -29,10 +29,12 @@ PREFIX = "rtpind-lab"
 RUN_DIR = Path("/run/libvirt/qemu")
 
 #: What a guest runs. ``idle``: halts. ``spin``: an endless loop. ``oslat``: loops on rdtsc and keeps a histogram of
-#: gaps at 0x8000 of its memory (log2 of cycles), the largest at 0x8100, and its rounds at 0x8108.
+#: gaps at 0x8000 of its memory (log2 of cycles), the largest at 0x8100, and its rounds at 0x8108. ``count``: counts its
+#: rounds there and does nothing else.
 BOOT = {
     "idle": bytes.fromhex("faf4ebfd"),
     "spin": bytes.fromhex("faebfe"),
+    "count": bytes.fromhex("fa66ff060881ebf9"),
     "oslat": bytes.fromhex(
         "fa31c08ed88ec08ed0bc007cfcbf0080b90001f3abc706108150520f316689c30f316689c16629d96689c3660fbdf967"
         "66ff04bd00800000663b0e0081760566890e00816683060881016683160c8100ebce"
@@ -117,10 +119,17 @@ class Guest:
         with contextlib.suppress(libvirt.libvirtError):
             self.dom.destroy()
 
-    @contextlib.contextmanager
-    def memory(self) -> Iterator[mmap.mmap]:
+    def memory(self) -> contextlib.AbstractContextManager[mmap.mmap]:
         """Map its memory (a guest started with ``shared=True``), to read what ``oslat`` wrote there."""
-        path = next(Path("/var/lib/libvirt/qemu/ram").glob(f"*-{self.name[:20]}*/pc.ram"))
+        return self.memory_of(self.name)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def memory_of(name: str) -> Iterator[mmap.mmap]:
+        """Map the memory of a guest of that name, which may still be starting. Raises FileNotFoundError."""
+        path = next(Path("/var/lib/libvirt/qemu/ram").glob(f"*-{name[:20]}*/pc.ram"), None)
+        if path is None:
+            raise FileNotFoundError(f"{name} has no memory to share")
         with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
             yield mapped
 
@@ -146,6 +155,12 @@ def worst_gap(memory: mmap.mmap, *, reset: bool = False) -> int:
     if reset:
         struct.pack_into("<I", memory, 0x8100, 0)
     return int(gap)
+
+
+def rounds(memory: mmap.mmap) -> int:
+    """Return the low 32 bits of what ``count`` or ``oslat`` counted; 0 before its first round."""
+    (number,) = struct.unpack_from("<I", memory, 0x8108)
+    return int(number)
 
 
 def run_delay_ns(tid: int) -> int:
@@ -199,7 +214,7 @@ class Lab:
     ) -> Guest:
         """Start a guest ``PREFIX-name``. ``kind``: qemu (TCG) or kvm. Raises libvirt.libvirtError.
 
-        Without ``firmware`` it runs ``idle`` or ``spin`` from its first instruction on.
+        Without ``firmware`` it runs ``idle``, ``spin`` or ``count`` from its first instruction on.
         """
         image = self._file(f"{boot}.img", BOOT[boot].ljust(510, b"\0") + b"\x55\xaa")
         rom = self._file(f"{boot}.rom", BOOT[boot][:16].ljust(16, b"\0").rjust(0x10000, b"\0"))

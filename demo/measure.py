@@ -54,7 +54,7 @@ def take(guest: Guest, clock: Clock) -> Reading:
     (vcpu,) = guest.vcpus()
     with guest.memory() as memory:
         time.sleep(0.2)  # what moving it cost is over
-        stolen, total = _cpu_time()
+        stolen, total = cpu_time()
         delay = run_delay_ns(vcpu.tid)
         worst_gap(memory, reset=True)
         began = time.monotonic()
@@ -62,7 +62,7 @@ def take(guest: Guest, clock: Clock) -> Reading:
         delay = run_delay_ns(vcpu.tid) - delay
         gap = worst_gap(memory)
         took = time.monotonic() - began
-        stolen_now, total_now = _cpu_time()
+        stolen_now, total_now = cpu_time()
     return Reading(delay / 1e6 / took, gap / clock.cycles_per_ms, (stolen_now - stolen) / max(total_now - total, 1))
 
 
@@ -101,7 +101,7 @@ def _texts(reading: Reading) -> tuple[str, str]:
     return f"{reading.delay_ms_per_s:.2f}", f"{reading.gap_ms:.2f}"
 
 
-def _cpu_time() -> tuple[int, int]:
+def cpu_time() -> tuple[int, int]:
     """Return stolen and total CPU time of this machine, in ticks."""
     fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return fields[7], sum(fields)

@@ -45,13 +45,14 @@ def main() -> int:
             show.line(f"FAILED: {failure}. rtpind's last words:")
             for record in stage.records()[-5:]:
                 show.line(f"  {record.partition(' [RTPIND_')[0]}")
-        show.line("\n== Cleaning up\n")
-        clean = _clean(stage, runtime)
+        for text in ("", "== Cleaning up", ""):
+            show.line(text)
+        cleaned = clean(stage, runtime)
     failed = [text for text, true in stage.claims.items() if not true]
     failed += [failure] if failure else []
-    failed += [] if clean else ["everything is as it was before"]
+    failed += [] if cleaned else ["everything is as it was before"]
     if number:
-        show.line("Stopped by a signal." + ("" if clean else " NOT everything could be put back."))
+        show.line("Stopped by a signal." + ("" if cleaned else " NOT everything could be put back."))
         return 128 + number
     for text in failed:
         print(f"demo: failed: {text}", file=sys.stderr)
@@ -60,7 +61,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _clean(stage: Stage, runtime: str) -> bool:
+def clean(stage: Stage, runtime: str) -> bool:
     """Put everything back; return whether that is so."""
     own = [guest.name for guest in stage.guests]
     try:

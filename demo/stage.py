@@ -29,7 +29,7 @@ PREFIX = "rtpind-demo"
 RT_RUNTIME = Path("/proc/sys/kernel/sched_rt_runtime_us")
 FIFO_RESET = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
 PERIOD_S = 1
-#: Ends a child when the demonstration dies without a chance to clean up.
+#: Ends a child when its parent dies without a chance to clean up.
 DIE_WITH_ME = ("setpriv", "--pdeathsig", "KILL")
 _LOCK = Path("/run/rtpind/lock")
 _PROGRAMS = ("virsh", "qemu-system-x86_64", "setpriv", "taskset", "pgrep")
@@ -37,7 +37,7 @@ _BIN = Path(sys.executable).parent
 
 
 class Interrupted(BaseException):
-    """Ctrl-C, or another signal that ends the demonstration."""
+    """Ctrl-C, or another signal that ends the run."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -81,6 +81,7 @@ class Stage:
 
     undo: contextlib.ExitStack
     interrupts: Interrupts
+    prefix: str = PREFIX
     claims: dict[str, bool] = field(default_factory=dict)
     before: dict[int, Seen] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
@@ -100,9 +101,9 @@ class Stage:
     def set_up(self) -> None:
         """Make the files and connect to libvirt."""
         with self.interrupts.held():
-            self.dir = Path(tempfile.mkdtemp(prefix="rtpind-demo-"))
+            self.dir = Path(tempfile.mkdtemp(prefix=f"{self.prefix}-"))
             self.undo.callback(shutil.rmtree, self.dir, ignore_errors=True)
-            self.lab = self.undo.enter_context(Lab(PREFIX))
+            self.lab = self.undo.enter_context(Lab(self.prefix))
 
     @property
     def state(self) -> Path:
@@ -121,7 +122,7 @@ class Stage:
 
     @property
     def guests(self) -> list[Guest]:
-        """The demonstration's own guests; nothing else is ever touched."""
+        """The guests of this run; nothing else is ever touched."""
         return list(self.lab.guests.values()) if self.lab else []
 
     def start(self, name: str, **wanted: Any) -> Guest:
@@ -131,7 +132,7 @@ class Stage:
             return self.lab.start(name, **wanted)
 
     def spawn(self, *words: str, log: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start a process that ends with the demonstration, whatever ends that."""
+        """Start a process that ends with this one, whatever ends that."""
         with self.interrupts.held(), open(log or os.devnull, "wb") as output:
             process = subprocess.Popen(
                 [*DIE_WITH_ME, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=output
@@ -139,13 +140,14 @@ class Stage:
             self.undo.callback(end, process)
         return process
 
-    def start_daemon(self) -> None:
-        """Start rtpind on the demonstration's policy; its records go to a file."""
+    def start_daemon(self) -> subprocess.Popen[bytes]:
+        """Start rtpind on :attr:`policy`; its records go to a file."""
         words = ("--config", str(self.policy), "--state-dir", str(self.state), "--stderr")
         daemon = self.spawn(str(_BIN / "rtpind"), *words, log=self.log)
         wait_for(lambda: "connected to libvirt" in self.log.read_text() or daemon.poll() is not None, "rtpind is up")
         if daemon.poll() is not None:
             raise RuntimeError(f"rtpind ended with {daemon.returncode}: {self.log.read_text().strip()}")
+        return daemon
 
     def rtpinctl(self, *words: str) -> int:
         """Show a command and its output; return its exit code."""
@@ -184,7 +186,7 @@ class Stage:
         return self.log.read_text().splitlines() if self.log.exists() else []
 
     def allow_fifo(self, tid: int) -> None:
-        """Have FIFO possible in libvirt's cgroups for the time of the demonstration, where that is safe."""
+        """Have FIFO possible in libvirt's cgroups for the time of the run, where that is safe."""
         runtime = RT_RUNTIME.read_text().strip()
         if _takes_fifo(tid):
             self.fifo = runtime != "-1" or _fair_server()
@@ -193,8 +195,9 @@ class Stage:
         elif _fair_server():
             show.line(
                 "This kernel has RT_GROUP_SCHED: without a budget no thread of a guest gets SCHED_FIFO. For the time "
-                f"of this demonstration kernel.sched_rt_runtime_us is -1 (was {runtime}; put back at the end).\n"
+                f"of this run kernel.sched_rt_runtime_us is -1 (was {runtime}; put back at the end)."
             )
+            show.line("")
             with self.interrupts.held():
                 RT_RUNTIME.write_text("-1")
                 self.undo.callback(RT_RUNTIME.write_text, runtime)
@@ -202,8 +205,9 @@ class Stage:
             self.fifo = False
             show.line(
                 "This kernel has RT_GROUP_SCHED and no fair server: SCHED_FIFO cannot be had safely, so this shows "
-                "pCPUs only.\n"
+                "pCPUs only."
             )
+            show.line("")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -216,8 +220,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait(timeout=10)
 
 
-def refusal() -> str:
-    """Return why there can be no demonstration here; "" when there can."""
+def refusal(prefix: str = PREFIX) -> str:
+    """Return why there can be no demonstration (or benchmark) here; "" when there can."""
     if os.geteuid() != 0:
         return "this needs root: it starts guests and moves their threads (sudo make demo)"
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
@@ -232,9 +236,11 @@ def refusal() -> str:
     )
     if done.returncode:
         return f"libvirt does not answer on qemu:///system: {done.stderr.strip()}"
-    left = [name for name in done.stdout.split() if name.startswith(PREFIX + "-")]
+    left = [name for name in done.stdout.split() if name.startswith(prefix + "-")]
     if left:
-        return f"guests of another demonstration run; if it was killed: {'; '.join('virsh destroy ' + n for n in left)}"
+        return (
+            f"guests of another such run are there; if it was killed: {'; '.join('virsh destroy ' + n for n in left)}"
+        )
     return ""
 
 

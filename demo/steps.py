@@ -67,7 +67,8 @@ def placing(stage: Stage) -> None:
     began = time.monotonic()
     stage.start_daemon()
     wait_for(lambda: all(_placed(stage, guest) for guest in stage.guests), "every thread is on its place", 20)
-    show.line(f"\nrtpind started; every thread on its place after {time.monotonic() - began:.2f} s.")
+    show.line("")
+    show.line(f"rtpind started; every thread on its place after {time.monotonic() - began:.2f} s.")
     show.line("Every thread before and after, read from the kernel:")
     _compare(stage)
     exclusive = [guest for guest in stage.guests if stage.classes[guest.uuid] == "realtime"]
