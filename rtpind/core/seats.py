@@ -50,9 +50,11 @@ class Seats:
         return f"{what}; '{away[0].entry.pool}' has no room for all of it there"
 
     def _away(self, item: Item) -> list[Slot]:
-        strict = (slot for slot in item.slots if self._inputs.choice(slot)[1].numa is Numa.STRICT)
         near = self._inputs.near(item.guest)
-        return [slot for slot in strict if near and (cpu := self.cpu(item, slot)) is not None and cpu not in near]
+        if not near:
+            return []
+        strict = (slot for slot in item.slots if self._inputs.choice(slot)[1].numa is Numa.STRICT)
+        return [slot for slot in strict if (cpu := self.cpu(item, slot)) is not None and cpu not in near]
 
     def keep(self, items: list[Item]) -> None:
         """Keep valid places: first those this daemon decided, then those the kernel shows; oldest guest first.

@@ -17,7 +17,7 @@ from rtpind.daemon.main import EXIT_CONFIG
 from rtpind.daemon.reconcile import View
 from rtpind.host.control import UnreachableError, ask
 
-_MATCHES = {True: "matches", False: "does not match", None: "not known yet: libvirt has not told"}
+_MATCHES = {True: "matches", False: "does not match", None: "not known: that rests on its definition"}
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -93,8 +93,8 @@ def explain(options: argparse.Namespace) -> int:
         show.line(f"  line {rule['line']}: {rule['rule']}: {_MATCHES[rule['matches']]}")
     if not any(rule["matches"] is not False for rule in document["considered"]):
         show.line("  no rule matches: unmanaged")
-    memory = document["memory"]
-    if memory["nodes"]:
+    memory = document.get("memory")  # a daemon from before an upgrade does not tell
+    if memory and memory["nodes"]:
         away = ", ".join(memory["away"]) or "none"
         show.line(f"  memory: NUMA node {memory['nodes']}, pCPU {memory['cpus'] or 'none'}; away from it: {away}")
     for pool in document["pools"]:

@@ -75,7 +75,7 @@ def _header(found: Mapping[str, Any]) -> None:
         if fact["warning"]:
             value.append(f"  ! {fact['warning']}", style="yellow")
         rows.append((fact["name"], value))
-    rows += [("not given out", f"{cpus}: {who}") for cpus, who in show.blocked(found["host"]["blocked"])]
+    rows += [("not given out", f"{cpus}: {who}") for cpus, who in show.blocked(found["host"].get("blocked", {}))]
     show.table(("host", ""), rows)
 
 

@@ -13,7 +13,9 @@ from rtpind.core.decision import State
 from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory, Wanted
 from rtpind.core.model import Limits, Role, Traits
+from rtpind.core.notices import standing
 from rtpind.core.placement import place
+from rtpind.core.plan import Plan
 from rtpind.core.policyfile import load
 from rtpind.core.topology import Topology
 from rtpind.core.verdict import Verdict, judge
@@ -590,6 +592,8 @@ def test_a_guest_away_from_its_memory_is_said_and_follows_it_as_a_whole(siblings
     found = kept.guests[0]
     assert judge(find(found.guest, "vcpu 0"), found, kept, memory, seen) == (Verdict.NOT_PLACED, reason)
     assert judge(find(found.guest, "emulator"), found, kept, memory, seen)[0] is Verdict.OK
+    said = [record.message for _, record in standing(seen, kept, Plan(), memory, ())]
+    assert f"a: placed with a step lost: {reason}" in said
 
     alone = place(by, replace(seen, guests=seen.guests[:1]), memory, Ledger())
     assert (vcpus_of(alone, "a"), state(alone, "a")) == (["4", "5"], (State.PLACED, ""))

@@ -104,6 +104,28 @@ def test_hazards_are_marked(made, daemon, run):
         assert "! fifo:2 leaked to" in " ".join(run("status")[1].split())
 
 
+def test_an_older_daemon_s_answer_is_shown(made, daemon, run):
+    """Between an upgrade and the daemon's restart it does not tell all that there is to show."""
+    status, explained = made.status(), made.explain(0)
+    del status["host"]["blocked"], explained["memory"]
+    for words, answer in ((["status"], status), (["explain", "rt-1"], explained)):
+        daemon({"ok": answer})
+        code, out, err = run(*words)
+        assert (code, err) == (0, "")
+        assert "rt-1" in out
+
+
+def test_what_is_held_by_others_and_where_memory_is_are_shown(made, daemon, run):
+    """With whose thread it is, and who is away."""
+    status, explained = made.status(), made.explain(0)
+    status["host"]["blocked"] = {"4": "busy: ptp4l (812)", "5": "busy: ptp4l (812)"}
+    explained["memory"] = {"nodes": "1", "cpus": "4-7", "away": ["vcpu 0"]}
+    daemon({"ok": status})
+    assert "not given out pCPU 4-5: busy: ptp4l (812)" in " ".join(run("status")[1].split())
+    daemon({"ok": explained})
+    assert "memory: NUMA node 1, pCPU 4-7; away from it: vcpu 0" in run("explain", "rt-1")[1]
+
+
 CUT = [("status", 0), ("status --json", 0), ("verify", 1), ("verify --json", 1), ("check-config etc/rtpind.yaml", 0)]
 
 
