@@ -75,7 +75,7 @@ class Bare:
             fd = os.open(pidfile, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             fcntl.fcntl(fd, fcntl.F_GETLK, _LOCK)
             os.close(fd)
-            read(f"/proc/{pid}/stat")
+            read(f"/proc/{pid}/task/{pid}/stat")
             read(f"/proc/{pid}/task/{pid}/cgroup")
             for name in os.listdir(f"/proc/{pid}/task"):
                 tid = int(name)
