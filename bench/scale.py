@@ -4,13 +4,12 @@
 ``python -m bench.scale``; root, for cgroups of its own. The guests are stand-ins (:mod:`bench.standins`), the passes
 are those of the daemon. The first full pass places every thread: it finds, writes the ledger, moves, and reads back.
 The verify pass finds everybody on its place, identity included. Records are made and thrown away. The bare loop makes
-sense of nothing; the facts of the host, and who else is pinned there, are in the daemon's time alone.
+sense of nothing; reading the facts of the host is in the daemon's time alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import gc
 import os
@@ -65,17 +64,14 @@ class Bare:
             members += "/tasks" if controller else "/cgroup.threads"
             self.guests.append((f"{standins.dir}/{guest.name}.pid", guest.pid, named, members))
 
-    def look(self, *, first: bool) -> None:
-        """Make the reads of a look; the first one reads what every process is, too."""
-        for pid in os.listdir("/proc"):
-            if first and pid.isdigit():
-                with contextlib.suppress(OSError):
-                    read(f"/proc/{pid}/stat")
+    def look(self) -> None:
+        """Make the reads of a look."""
+        os.listdir("/proc")
         for pidfile, pid, named, members in self.guests:
             fd = os.open(pidfile, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             fcntl.fcntl(fd, fcntl.F_GETLK, _LOCK)
             os.close(fd)
-            read(f"/proc/{pid}/stat")
+            read(f"/proc/{pid}/task/{pid}/stat")
             read(f"/proc/{pid}/task/{pid}/cgroup")
             for name in os.listdir(f"/proc/{pid}/task"):
                 tid = int(name)
@@ -110,10 +106,11 @@ class Bench:
         self.reconciler = self.fresh()
 
     def fresh(self) -> Reconciler:
-        """Return a daemon that has seen nothing yet, and put every thread back."""
+        """Return a daemon that has seen the host and no guest yet, and put every thread back."""
         for tid in self.bare.everybody:
             os.sched_setaffinity(tid, self.mask)
         observer = Observer(run_dir=self.standins.dir)
+        observer.look({}, Memory())
         made = Reconciler(observer, LedgerFile(self.scratch), lambda _record: None)
         made.policy, problems = load(POLICY, observer.host())
         assert made.policy is not None, problems
@@ -131,12 +128,12 @@ class Bench:
 
     def bare_first(self) -> None:
         """Do what the first pass asks of the kernel."""
-        self.bare.look(first=True)
+        self.bare.look()
         self.bare.place(self.ledger, self.scratch / "bare.json")
 
     def bare_verify(self) -> None:
         """Do what the verify pass asks of the kernel."""
-        self.bare.look(first=False)
+        self.bare.look()
 
     def measure(self, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
         """Return for each kind of pass the milliseconds of CPU time of the daemon and of the bare loop, interleaved."""

@@ -99,18 +99,21 @@ def of_outcome(outcome: Outcome, guest: Guest, host: Host) -> Record | None:
     step = outcome.step
     if outcome.result in (Result.VANISHED, Result.DEFERRED):
         return None
-    fields = thread_fields(step.thread, guest) | {
+    fields = {
+        **thread_fields(step.thread, guest),
         "REASON": str(step.reason),
         "RULE": step.rule,
         "RESULT": str(outcome.result),
     }
     if step.cpus is not None:
-        fields |= {"OLD_CPUS": str(outcome.before.cpus), "WANTED_CPUS": str(step.cpus)}
-        fields |= {"NEW_CPUS": str(outcome.after.cpus)} if outcome.after else {}
+        fields["OLD_CPUS"], fields["WANTED_CPUS"] = str(outcome.before.cpus), str(step.cpus)
+        if outcome.after:
+            fields["NEW_CPUS"] = str(outcome.after.cpus)
         what = f"pCPU {outcome.before.cpus} → {step.cpus}"
     else:
-        fields |= {"OLD_SCHED": str(outcome.before.scheduling), "WANTED_SCHED": str(step.scheduling)}
-        fields |= {"NEW_SCHED": str(outcome.after.scheduling)} if outcome.after else {}
+        fields["OLD_SCHED"], fields["WANTED_SCHED"] = str(outcome.before.scheduling), str(step.scheduling)
+        if outcome.after:
+            fields["NEW_SCHED"] = str(outcome.after.scheduling)
         what = f"{outcome.before.scheduling} → {step.scheduling}"
     who = f"{guest.name}: {step.thread.label} ({step.thread.comm}, tid {step.thread.id.tid})"
     why = f" ({step.reason})"
@@ -145,7 +148,8 @@ def of_start(guest: Guest, spent: Mapping[ThreadId, OffPlace]) -> Record:
 
 def thread_fields(thread: Thread, guest: Guest) -> dict[str, str]:
     """Return the fields that name a thread."""
-    return guest_fields(guest) | {
+    return {
+        **guest_fields(guest),
         "ROLE": str(thread.role),
         "INDEX": "" if thread.index is None else str(thread.index),
         "TID": str(thread.id.tid),

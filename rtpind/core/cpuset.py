@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 #: No Linux build has more (CONFIG_NR_CPUS tops out at 8192); also bounds what a hostile list can cost.
 MAX_CPU = 8191
@@ -96,22 +97,27 @@ class CpuSet:
 
     def __str__(self) -> str:
         """Return the kernel's list format; the empty set is the empty text."""
-        parts: list[str] = []
-        start = last = -2
-        for cpu in [*self, -2]:
-            if cpu == last + 1:
-                last = cpu
-                continue
-            if start >= 0:
-                parts.append(str(start) if start == last else f"{start}-{last}")
-            start = last = cpu
-        return ",".join(parts)
+        return _text(self.mask)
 
     def __repr__(self) -> str:
         return f"CpuSet({str(self)!r})"
 
 
 NO_CPUS = CpuSet()
+
+
+@lru_cache(maxsize=1024)  # a pass with thousands of steps names the same few sets
+def _text(mask: int) -> str:
+    parts: list[str] = []
+    start = last = -2
+    for cpu in [*CpuSet.of_mask(mask), -2]:
+        if cpu == last + 1:
+            last = cpu
+            continue
+        if start >= 0:
+            parts.append(str(start) if start == last else f"{start}-{last}")
+        start = last = cpu
+    return ",".join(parts)
 
 
 def _item_mask(item: str) -> int:

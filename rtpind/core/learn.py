@@ -117,10 +117,8 @@ def _right_since(
     """Return since when each guest's vCPUs and iothreads are all in place, at every look."""
     found: dict[tuple[int, int], float] = {}
     for guest in decision.guests:
-        threads = tuple(replace(thread, now=after.get(thread.id, thread.now)) for thread in guest.guest.threads)
         process = guest.guest.process
-        placed = replace(guest, guest=replace(guest.guest, threads=threads))
-        if guest.state.managed and guest.wanted and in_place(placed, memory, snapshot.host):
+        if guest.state.managed and guest.wanted and in_place(guest, memory, snapshot.host, after):
             were = in_place(guest, memory, snapshot.host)
             found[process] = memory.right_since.get(process, finished) if were else finished
     return found

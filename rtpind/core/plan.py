@@ -7,9 +7,10 @@ floaters widen. Carrying it out, and asking the law before each step, is :mod:`r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
+from types import MappingProxyType
 from typing import Any
 
 from rtpind.core.cpuset import CpuSet
@@ -111,18 +112,25 @@ def make(decision: Decision, snapshot: Snapshot, memory: Memory) -> Plan:
     )
 
 
-def in_place(guest: GuestDecision, memory: Memory, host: Host) -> bool:
+def in_place(
+    guest: GuestDecision, memory: Memory, host: Host, after: Mapping[ThreadId, Placement] = MappingProxyType({})
+) -> bool:
     """Return whether every vCPU and iothread is in its own cgroup and has the right affinity (promise 7).
 
-    One that a cpuset keeps from its place is as right as it can be: libvirt is done with it, which is the point.
+    ``after``: where threads were read back that have been moved since. One that a cpuset keeps from its place is as
+    right as it can be: libvirt is done with it, which is the point.
     """
     return all(
         thread.settled
         and (wanted := guest.wanted.get(thread.id)) is not None
-        and (wanted.affine(thread.now) or memory.refusal(thread, wanted, host, affinity=True) is not None)
+        and (wanted.affine(now := after.get(thread.id, thread.now)) or _fenced(thread, now, wanted, memory, host))
         for thread in guest.guest.threads
         if thread.role in (Role.VCPU, Role.IOTHREAD)
     )
+
+
+def _fenced(thread: Thread, now: Placement, wanted: Wanted, memory: Memory, host: Host) -> bool:
+    return memory.refusal(replace(thread, now=now), wanted, host, affinity=True) is not None
 
 
 def is_drift(thread: Thread, wanted: Wanted, memory: Memory) -> bool:

@@ -15,7 +15,7 @@ from rtpind.core.identify import SETTLE_S, Sighting
 from rtpind.core.model import Kind, ThreadId
 from rtpind.core.offplace import Start, Starts
 from rtpind.host.cgroup import Cgroups, Groups, parse
-from rtpind.host.proc import TICKS, Proc, Stat, parse_stat, placed
+from rtpind.host.proc import TICKS, Proc, Stat, parse_stat
 
 _NONE: Starts = MappingProxyType({})
 _UNKNOWN = Start()
@@ -23,8 +23,9 @@ _UNKNOWN = Start()
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What the kernel showed of one thread, and what was made of it."""
+    """What the kernel showed of one thread, and what was made of it. ``asked``: what it was looked at as."""
 
+    asked: Kind
     raw_stat: bytes
     stat: Stat
     raw_groups: bytes
@@ -67,7 +68,7 @@ class GuestThreads:
         """
         last = self._guests.get(pid)
         try:
-            start = self._proc.stat(pid).start
+            start = self._proc.stat(pid, pid).start  # the main thread's, which is the process'
             raw_home = self._cgroups.text(pid, pid)
             tids = self._proc.tids(pid)
         except OSError:
@@ -98,37 +99,36 @@ class GuestThreads:
         self, guest: _Guest, tid: int, kind: Kind, last: _Seen | None, uptime: float, begun: Start
     ) -> _Seen | None:
         """Read one thread; ``last``: what was seen of that number at the last look."""
-        qemu, raw_groups, groups, ran_ns = kind is Kind.QEMU, b"", guest.home, None
+        qemu, proc, raw_groups, ran_ns = kind is Kind.QEMU, self._proc, b"", None
         try:
-            raw_stat = self._proc.raw_stat(guest.pid, tid) if qemu else self._proc.raw_stat(tid)
-            stat = last.stat if last is not None and last.raw_stat == raw_stat else parse_stat(raw_stat)
+            raw_stat = proc.raw_stat(guest.pid, tid) if qemu else proc.raw_stat(tid)
+            alike = last is not None and last.raw_stat == raw_stat
+            stat = last.stat if last is not None and alike else parse_stat(raw_stat)
             age_s = min(uptime - stat.start / TICKS, SETTLE_S)
+            groups = guest.home
             if qemu and stat.comm.startswith(("CPU ", "IO iothread")):
-                id_ = ThreadId(guest.pid, guest.start, tid, stat.start)
-                if stat.comm.startswith("CPU ") and begun.due(id_, age_s):
-                    ran_ns = self._proc.ran_ns(id_)  # before its cgroup, which tells whether it can have run a guest
+                if (age_s < SETTLE_S or begun.open) and stat.comm.startswith("CPU "):
+                    id_ = ThreadId(guest.pid, guest.start, tid, stat.start)
+                    # Before its cgroup, which tells whether it can have run a guest by then.
+                    ran_ns = proc.ran_ns(id_) if begun.due(id_, age_s) else None
                 raw_groups = self._cgroups.text(guest.pid, tid)
                 groups = last.groups if last is not None and last.raw_groups == raw_groups else parse(raw_groups)
-            policy, allowed = self._proc.policy(tid), self._proc.affinity(tid)
+            policy, allowed = proc.policy(tid), proc.affinity(tid)
         except (FileNotFoundError, ProcessLookupError):
             return None  # anything else (no more files, no memory) does not mean that it has ended
-        kind = Kind.KERNEL if stat.kernel else Kind.QEMU if qemu else Kind.PROCESS
-        if last is not None:
+        if last is not None and groups is last.groups and policy == last.policy and allowed == last.allowed:
             then = last.sighting
-            same = (
-                (stat is last.stat or stat == last.stat)
-                and groups is last.groups
-                and policy == last.policy
-                and allowed == last.allowed
-            )
-            alike = then.kind is kind and then.ran_ns == ran_ns and then.age_s == age_s
-            if same and alike and then.id.pid_start == guest.start:
-                return last if last.raw_stat == raw_stat else replace(last, raw_stat=raw_stat, stat=stat)
+            same = then.ran_ns == ran_ns and then.age_s == age_s and then.id.pid_start == guest.start
+            if same and last.asked is kind:
+                if alike:
+                    return last
+                if stat == last.stat:
+                    return replace(last, raw_stat=raw_stat, stat=stat)
         sighting = Sighting(
             id=ThreadId(guest.pid, guest.start, tid, stat.start),
-            kind=kind,
+            kind=Kind.KERNEL if stat.kernel else kind if qemu else Kind.PROCESS,
             comm=stat.comm,
-            now=placed(stat, policy, allowed),
+            now=proc.placed(stat, policy, allowed),
             leaf=groups.leaf,
             cgroup=groups.path,
             movable=stat.movable,
@@ -136,4 +136,4 @@ class GuestThreads:
             age_s=age_s,
             ran_ns=ran_ns,
         )
-        return _Seen(raw_stat, stat, raw_groups, groups, allowed, policy, sighting)
+        return _Seen(kind, raw_stat, stat, raw_groups, groups, allowed, policy, sighting)

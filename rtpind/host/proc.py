@@ -34,6 +34,9 @@ _POLICIES = {
     7: Sched.EXT,
 }
 
+#: Placements that are kept: more than a host has pCPUs, and than anybody means.
+_PLACEMENTS = 10_000
+
 #: Of start times, in a second.
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -73,12 +76,6 @@ def parse_stat(text: bytes) -> Stat:
     return Stat(comm, int(fields[1]), int(fields[6]), int(fields[19]), int(fields[37]), int(fields[38]))
 
 
-def placed(stat: Stat, policy: int, allowed: Iterable[int]) -> Placement:
-    """Return a placement from stat, sched_getscheduler(2), which alone tells RESET_ON_FORK, and affinity."""
-    scheduling = Scheduling(_POLICIES.get(stat.policy, Sched.OTHER), stat.priority, bool(policy & RESET_ON_FORK))
-    return Placement(CpuSet(allowed), scheduling)
-
-
 class Proc:
     """/proc below ``root``. ``affinity`` and ``scheduler`` are the two system calls that read a thread's placement."""
 
@@ -92,6 +89,7 @@ class Proc:
         self._proc = str(root / "proc")
         self._affinity = affinity
         self._scheduler = scheduler
+        self._placements: dict[tuple[frozenset[int], int, int, int], Placement] = {}
         self.kernel_threads = KernelThreads(self)
 
     def stat(self, pid: int, tid: int | None = None) -> Stat:
@@ -104,7 +102,19 @@ class Proc:
 
     def placement(self, tid: int, stat: Stat) -> Placement:
         """Return where a thread is allowed and how it is scheduled. Raises OSError when it is gone."""
-        return placed(stat, self.policy(tid), self.affinity(tid))
+        return self.placed(stat, self.policy(tid), self.affinity(tid))
+
+    def placed(self, stat: Stat, policy: int, allowed: Collection[int]) -> Placement:
+        """Return a placement from stat, :meth:`policy` and :meth:`affinity`; most threads share a few of them."""
+        key = (frozenset(allowed), stat.policy, stat.priority, policy & RESET_ON_FORK)
+        found = self._placements.get(key)
+        if found is None:
+            scheduling = Scheduling(_POLICIES.get(stat.policy, Sched.OTHER), stat.priority, bool(key[3]))
+            found = Placement(CpuSet(allowed), scheduling)
+            if len(self._placements) >= _PLACEMENTS:
+                self._placements.clear()
+            self._placements[key] = found
+        return found
 
     def policy(self, tid: int) -> int:
         """Return what sched_getscheduler(2) says of a thread. Raises OSError when it is gone."""

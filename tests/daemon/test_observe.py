@@ -94,6 +94,12 @@ def guest(pid, threads, home=HOME):
     return process(pid, lines, {tid: f"0::{home}/{leaf}\n" for tid, (_, leaf) in everybody.items()})
 
 
+def begin_anew(tmp_path, pid, start):
+    """Have another process of the same number in the tree."""
+    line = stat_line(pid, start=start)
+    make_tree(tmp_path, {f"proc/{pid}/stat": line, f"proc/{pid}/task/{pid}/stat": line})
+
+
 def observer(tmp_path, **files):
     return Observer(make_tree(tmp_path, HOST | files), tmp_path / "run")
 
@@ -270,11 +276,11 @@ def test_traits_are_of_the_process_that_they_were_told_of(tmp_path, hold, tids):
     assert seen(only={"u1"}) == [traits, None]
     assert seen() == [traits, None]
 
-    make_tree(tmp_path, {f"proc/{first.pid}/stat": stat_line(first.pid, start=501)})
+    begin_anew(tmp_path, first.pid, 501)
     assert made.process_of("a") == (first.pid, 501)
     assert seen() == [None, None]
 
-    make_tree(tmp_path, {f"proc/{first.pid}/stat": stat_line(first.pid, start=500)})
+    begin_anew(tmp_path, first.pid, 500)
     assert seen() == [traits, None]
     made.look({"u2": "b"}, Memory())
     assert seen() == [None, None]
@@ -354,7 +360,7 @@ def test_the_nodes_of_memory_are_read_at_looks_at_everything(tmp_path, hold, tid
     assert seen(only={"u1"}) == ["1", ""]
     assert seen() == ["0", ""]
 
-    make_tree(tmp_path, {f"proc/{first.pid}/stat": stat_line(first.pid, start=501)})
+    begin_anew(tmp_path, first.pid, 501)
     assert seen(only={"u1"}) == ["", ""]
 
     (tmp_path / "sys/devices/system/node/online").write_text("0\n")
