@@ -207,7 +207,7 @@ guests: [{name: "a*", class: a}]
     assert made is not None
     roaming = guest("d-roams", pid=1000, on="0-11")
     tame = guest("d-tame", pid=2000, on="0-1")
-    old, new = guest("a-old", pid=3000, vcpus=1), guest("a-new", pid=4000, vcpus=1)
+    old, new = guest("a-old", pid=3000, vcpus=1), guest("a-new", pid=4000, vcpus=1, on="0-1")
     first = Snapshot(host=HOSTS[0], guests=(roaming, tame, old))
     before = place(made, first, Memory(), Ledger())
     memory = Memory(places=before.wanted())
