@@ -101,5 +101,5 @@ class LedgerFile:
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _HERE, 0o600)
         with open(fd, "w", encoding="utf-8") as file:
             self._own(fd, 0o644)  # rtpinctl status reads it as any user
-            json.dump(dump(ledger), file, separators=(",", ":"))
+            file.write(json.dumps(dump(ledger), separators=(",", ":")))  # dump() would not encode in C
         os.replace(fresh, self.path)
