@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 from rtpind.core.cpuset import CpuSet
@@ -118,12 +119,13 @@ class Ledger:
 
 def dump(ledger: Ledger) -> dict[str, Any]:
     """Return the ledger as plain data for JSON."""
+    text = cache(CpuSet.__str__)  # most threads had one of a few masks
     return {
         "version": VERSION,
         "originals": [
             [
                 *(id_.pid, id_.pid_start, id_.tid, id_.start, entry.guest, entry.label),
-                str(entry.placement.cpus),
+                text(entry.placement.cpus),
                 str(entry.placement.scheduling.sched),
                 entry.placement.scheduling.priority,
                 entry.placement.scheduling.reset_on_fork,

@@ -727,6 +727,10 @@ def test_a_guest_beside_a_new_one_is_said_at_once(file: LedgerFile) -> None:
 
     assert all(text.startswith("stranger: ") for text in daemon.said(Kind.INTRUDER))
     assert len(daemon.said(Kind.INTRUDER)) == 4
+    daemon.settle()
+    for only in ([uuid_of(PID)], [uuid_of(PID)], [uuid_of(5000)], None):
+        daemon.run(only=only)
+    assert len(daemon.said(Kind.INTRUDER)) == 4  # it stands, whoever is looked at
 
 
 def test_a_look_at_one_guest_leaves_the_ledger_to_the_next_look_at_all(daemon: Daemon) -> None:

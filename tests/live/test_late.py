@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,14 +83,14 @@ def test_a_fence_that_is_widened_is_used_at_once(lab: Lab, kept: Daemon) -> None
 
 def test_a_thread_that_only_the_kernel_tells_of_is_placed(lab: Lab, daemon: Make) -> None:
     """By the proc connector, where this kernel lets the daemon listen to it."""
-    guest = lab.start("named")
+    guest = lab.start("worker")
     made = daemon(policy((guest, "dedicated"), period=NEVER))
     made.start()
     wait_for(lambda: placed(guest, {1}) and helpers_on(guest, {0}), "it is placed")
     if made.count("events about threads cannot be heard"):
         pytest.skip("this kernel's proc connector asks for CAP_NET_ADMIN")
-    name = Path(f"/proc/{guest.pid}/comm")
-    os.sched_setaffinity(guest.pid, {0, 1})  # of this nobody tells
-    name.write_text(name.read_text())  # of this the kernel does
+    os.sched_setaffinity(guest.pid, {0, 1})  # of this nobody tells, and what the main thread begins inherits it
+    read = ["virsh", "qemu-monitor-command", guest.name, "--hmp", 'qemu-io libvirt-1-format "read 0 512"']
+    subprocess.run(read, capture_output=True, check=True)  # by a worker, a thread that begins for that
 
-    wait_for(lambda: helpers_on(guest, {0}), "it is put back")
+    wait_for(lambda: helpers_on(guest, {0}), "both are put on their place")
