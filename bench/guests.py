@@ -157,6 +157,8 @@ class StartWatch(Watch):
             raise ProcessLookupError("the vCPU thread is gone")
         # Read last: as long as this is 0, no instruction had run when the rest was read.
         begun = bool(self._end) or rounds(self._memory) != 0
+        if begun and not self.samples:
+            raise RuntimeError("the guest had begun before it was watched")
         self.samples.append(Sample(ran, self._place.has_cpus(vcpu), self._place.has_fifo(vcpu), begun))
         if begun and not self._end:
             self._end = time.monotonic() + self._window

@@ -23,7 +23,11 @@ off where the kernel's own fair server protects the host. An emulated (TCG) gues
 
 def run(bench: Bench, rounds: int) -> Table:
     """Measure a guest that was started under every contender."""
-    columns = {"delay": Column("run delay, ms/s", 2), "gap": Column("worst gap, ms", 2)}
+    columns = {
+        "delay": Column("run delay, ms/s", 2),
+        "gap": Column("worst gap, ms", 2),
+        "placed": Column("turns that ended on its place", 0, total=True),
+    }
     table = Table("jitter", f"Jitter under {HOGS} CPU hogs", _TEXT, columns)
     place = bench.fifo
     clocks: list[measure.Clock] = []
@@ -43,7 +47,8 @@ def run(bench: Bench, rounds: int) -> Table:
             with bench.hogs():
                 time.sleep(_SETTLE_S)
                 reading = measure.take(guest, cycles)
-            table.add(contender.name, delay=reading.delay_ms_per_s, gap=reading.gap_ms)
+            placed = all(map(place.holds, guest.vcpus()))
+            table.add(contender.name, delay=reading.delay_ms_per_s, gap=reading.gap_ms, placed=placed)
 
     bench.rounds(table, rounds, turn)
     return table

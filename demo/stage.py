@@ -223,10 +223,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def refusal(prefix: str = PREFIX) -> str:
     """Return why there can be no demonstration (or benchmark) here; "" when there can."""
     if os.geteuid() != 0:
-        return "this needs root: it starts guests and moves their threads (sudo make demo)"
+        return "this needs root: it starts guests and moves their threads"
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
     if missing:
-        return f"not installed: {', '.join(missing)} (make demo installs them on Debian)"
+        return f"not installed: {', '.join(missing)} (make demo and make bench install them on Debian)"
     if len(os.sched_getaffinity(0)) < 2:
         return "this needs two pCPUs: one for the vCPU and one for everything else"
     if _service_runs():

@@ -16,7 +16,7 @@ from bench.bench import PREFIX
 from bench.contenders import ALL as ALL_CONTENDERS
 from bench.contenders import HOOK_FILE, Contender, cputune, remove_hook
 from bench.guests import LateWatch, Place, StartWatch, first_time, off_place
-from demo.guests import Lab
+from demo.guests import Lab, rounds, wait_for
 from demo.stage import RT_RUNTIME, Interrupts, Stage, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +114,16 @@ def test_fifo_that_is_missing_is_counted(lab: Lab) -> None:
 
     found = off_place(watch.samples)
     assert (found.cpus, found.fifo) == (0, found.total)
+
+
+def test_a_watch_that_comes_too_late_says_so(lab: Lab) -> None:
+    """What was not seen is not taken for nothing."""
+    guest = lab.start("soon", boot="count", shared=True, firmware=False)
+    with guest.memory() as memory:
+        wait_for(lambda: rounds(memory), "it counts")
+    watch = StartWatch(guest.name, Place(ONE, ZERO), 0.3, ZERO)
+    with watch, pytest.raises(RuntimeError, match="before it was watched"):
+        watch.finish(20)
 
 
 def test_what_happens_before_the_first_instruction_is_not_counted(lab: Lab) -> None:
