@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from lab.channel import ChannelError
 from lab.host import ROOT, Done, LabHost
 
 FIFO_RESET = 0x40000001
@@ -177,8 +178,19 @@ class Scene:
         return (ROOT / "etc/rtpind.yaml").read_text()
 
     def status(self) -> dict[str, Any]:
-        """Return the daemon's own document of ``rtpinctl status``."""
-        return dict(self.host.call("status"))
+        """Return the daemon's own document of ``rtpinctl status``; one that is busy is asked again."""
+        found: dict[str, Any] = {}
+
+        def answered() -> bool:
+            try:
+                found.update(self.host.call("status"))
+            except ChannelError as error:
+                if "the daemon is busy" not in str(error):
+                    raise
+            return bool(found)
+
+        self.host.wait_for(answered, "the daemon answers")
+        return found
 
     def fact(self, name: str) -> dict[str, Any]:
         """Return one of the facts of the host in the header of ``rtpinctl status``."""

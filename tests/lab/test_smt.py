@@ -35,7 +35,7 @@ def test_a_pool_that_splits_a_core_is_named(scene: Scene) -> None:
     assert (fact["value"], bool(fact["warning"])) == ("pCPU 3", True)
 
 
-SIBLINGS = policy(("rt-*", "realtime"), pool="{cpus: isolated, siblings: SIBLINGS}")
+SIBLINGS = policy(("rt-*", "realtime"), pool="{cpus: isolated, siblings: SIBLINGS}", more="when_full: degrade\n")
 
 
 def test_idle_siblings_are_nobodys(scene: Scene) -> None:
