@@ -137,6 +137,15 @@ def test_a_start_is_told_once() -> None:
     assert list(ended(after, after)) == []
 
 
+def test_only_starts_that_have_changed_are_told() -> None:
+    """Of another guest's start nothing is said again."""
+    spent = OffPlace(0.0, 5, affine=True, scheduled=True)
+    over = Start(True, {}, {ThreadId(PID, START, PID + 10, START): spent})
+    other = Start(True, {}, {ThreadId(7, START, 17, START): spent})
+
+    assert list(ended({(7, START): other}, {(7, START): other, PROCESS: over})) == [(PROCESS, dict(over.over))]
+
+
 def test_a_hot_plugged_vcpu_has_a_start_of_its_own() -> None:
     """All that its thread ever ran counts while it is off its place, and the vCPUs of before are left as they are."""
     before = started((0.0, "waits", 10), (WATCHED_S, "right", 10))
