@@ -21,6 +21,7 @@ from simulated import FIRST_CHILD, Disk, Killed, Task, World, violations
 
 from rtpind.core.audit import Record
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.decision import State
 from rtpind.core.model import OTHER, Host, Placement, Role, Sched, Scheduling, Thread
 from rtpind.core.placement import place
 from rtpind.core.plan import LOOK_APART_S, Step, make
@@ -399,7 +400,8 @@ def converge(random: Random) -> None:
     view = until_killed(whole, policy, Disk()).view
     assert view is not None
     # Who gets the room that is short is a matter of what was there before; see placement.
-    roomy = all(not guest.reason and not guest.roomless for guest in view.decision.guests if guest.state.managed)
+    bids = [guest for guest in view.decision.guests if guest.state.managed or guest.state is State.LEFT]
+    roomy = all(not guest.reason and not guest.roomless for guest in bids)
 
     for number in range(len(whole.calls)):
         world, disk = start.copy(), Disk()
