@@ -63,7 +63,7 @@ class Result(StrEnum):
     REFUSED = "refused"
     BLOCKED = "blocked"  # promise 1 does not allow it as things are
     VANISHED = "vanished"  # the thread ended; nobody's fault, no record
-    DEFERRED = "deferred"  # FIFO that waits for the second look; no record
+    DEFERRED = "deferred"  # FIFO that waits for the second look, or a mask that somebody else set meanwhile; no record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from rtpind.core.audit import Outcome, Result
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.law import State
 from rtpind.core.model import Kind, Limits, Placement, Role, Scheduling, Snapshot, Thread, ThreadId
-from rtpind.core.plan import Phase, Plan, Step
+from rtpind.core.plan import Phase, Plan, Reason, Step
 from rtpind.host import sched
 from rtpind.host.cgroup import Cgroups
 from rtpind.host.proc import Proc
@@ -145,5 +145,8 @@ def _take(step: Step, state: State, kernel: Kernel) -> Outcome:
     right = after.cpus == step.cpus if step.cpus is not None else after.scheduling == step.scheduling
     if right:
         return Outcome(step=step, result=Result.APPLIED, before=before, after=after)
+    if not error and step.reason is not Reason.RELEASE and step.cpus is not None and not after.cpus <= step.cpus:
+        # No cpuset widens: somebody set it in between, as libvirt does while a guest starts. The next look tries again.
+        return Outcome(step=step, result=Result.DEFERRED, before=before, after=after)
     result = Result.REFUSED if error else Result.NARROWED
     return Outcome(step=step, result=result, before=before, after=after, error=error, limits=kernel.limits(thread))

@@ -60,6 +60,21 @@ def test_a_step_is_done_when_it_reads_back_right() -> None:
     assert outcomes[1].beside == "emulator (qemu-system-x86), iothread 1 (IO iothread1), vcpu 1 (CPU 1/KVM)"
 
 
+@pytest.mark.parametrize(
+    ("meanwhile", "reason", "result"),
+    [("0-7", Reason.PLACE, "deferred"), ("2", Reason.PLACE, "narrowed"), ("0-7", Reason.RELEASE, "narrowed")],
+)
+def test_a_mask_that_somebody_sets_meanwhile_is_no_refusal(meanwhile: str, reason: Reason, result: str) -> None:
+    """Between the call and reading back, as libvirt does at a start: else it would never be tried again."""
+    world, vcpu = one()
+    world.after_call = lambda: world.put(vcpu.id.tid, cpus=cpus(meanwhile))
+    (outcome,) = carried_out(world, replace(step(vcpu, Phase.ENTER, "2-3"), reason=reason))
+
+    assert str(outcome.result) == result
+    assert not outcome.done
+    assert outcome.after == Placement(cpus(meanwhile))
+
+
 def test_a_whole_plan_ends_with_every_thread_in_place() -> None:
     """A fresh guest needs two looks; nothing fails."""
     world, _ = one()
