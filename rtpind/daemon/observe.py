@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rtpind.core.cpuset import NO_CPUS, CpuSet
-from rtpind.core.identify import Sighting, identify, settled
+from rtpind.core.identify import Incumbents, Sighting, identify, settled
 from rtpind.core.ledger import Process
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest, Host, Snapshot, ThreadId, Traits
@@ -36,7 +36,8 @@ class Observer:
         self._run_dir = run_dir
         self._last: dict[str, Guest] = {}
         self._traits: dict[str, tuple[Process, Traits]] = {}
-        self._known: dict[str, tuple[list[Sighting], Guest]] = {}  # what was sighted of a guest last, and found in it
+        # What was sighted of a guest last, who is who in it, and with which incumbents that is settled.
+        self._known: dict[str, tuple[list[Sighting], Guest, Incumbents | None]] = {}
         self._scanned = float("-inf")
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
@@ -127,7 +128,8 @@ class Observer:
         if known is not None and known[0] == sightings:
             guest = known[1]
             same = guest.name == name and guest.process == process and guest.traits is traits
-            if same and settled(guest, memory.incumbents):
+            if same and (known[2] is memory.incumbents or settled(guest, memory.incumbents)):
+                self._known[uuid] = (sightings, guest, memory.incumbents)
                 return guest
         guest = identify(
             uuid=uuid,
@@ -138,5 +140,5 @@ class Observer:
             doubtful=memory.doubtful,
         )
         guest = guest if traits is None else replace(guest, traits=traits)
-        self._known[uuid] = (sightings, guest)
+        self._known[uuid] = (sightings, guest, None)
         return guest
