@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rtpind.core.commandline import bound_nodes
 from rtpind.core.cpuset import NO_CPUS, CpuSet
-from rtpind.core.identify import Sighting, identify, settled
+from rtpind.core.identify import Incumbents, Sighting, identify, settled
 from rtpind.core.ledger import Process
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest, Host, Snapshot, ThreadId, Traits
@@ -38,7 +38,8 @@ class Observer:
         self._last: dict[str, Guest] = {}
         self._told: dict[str, tuple[Process, Traits | str]] = {}
         self._bound: dict[str, tuple[Process, CpuSet]] = {}  # what QEMU's command line says, which stays the same
-        self._known: dict[str, tuple[list[Sighting], Guest]] = {}  # what was sighted of a guest last, and found in it
+        # What was sighted of a guest last, who is who in it, and with which incumbents that is settled.
+        self._known: dict[str, tuple[list[Sighting], Guest, Incumbents | None]] = {}
         self._scanned = float("-inf")
         self._host = self._seen = Host(online=NO_CPUS, possible=NO_CPUS)  # as last read, and as last shown
         self._ours: set[int] = set()  # guests' threads and processes
@@ -160,7 +161,8 @@ class Observer:
             guest = known[1]
             same = guest.name == name and guest.process == process
             same = same and guest.traits is traits and guest.unreadable == unreadable
-            if same and settled(guest, memory.incumbents):
+            if same and (known[2] is memory.incumbents or settled(guest, memory.incumbents)):
+                self._known[uuid] = (sightings, guest, memory.incumbents)
                 return guest
         guest = identify(
             uuid=uuid,
@@ -172,5 +174,5 @@ class Observer:
         )
         if traits is not None or unreadable:
             guest = replace(guest, traits=traits, unreadable=unreadable)
-        self._known[uuid] = (sightings, guest)
+        self._known[uuid] = (sightings, guest, None)
         return guest

@@ -77,7 +77,10 @@ def parse_stat(text: bytes) -> Stat:
 
 
 class Proc:
-    """/proc below ``root``. ``affinity`` and ``scheduler`` are the two system calls that read a thread's placement."""
+    """/proc below ``root``. ``affinity`` and ``policy`` are the two system calls that read a thread's placement.
+
+    They raise OSError when it is gone; ``policy`` has RESET_ON_FORK beside the policy.
+    """
 
     def __init__(
         self,
@@ -87,8 +90,8 @@ class Proc:
         scheduler: Callable[[int], int] = os.sched_getscheduler,
     ) -> None:
         self._proc = str(root / "proc")
-        self._affinity = affinity
-        self._scheduler = scheduler
+        self.affinity = affinity
+        self.policy = scheduler
         self._placements: dict[tuple[frozenset[int], int, int, int], Placement] = {}
         self.kernel_threads = KernelThreads(self)
 
@@ -115,14 +118,6 @@ class Proc:
                 self._placements.clear()
             self._placements[key] = found
         return found
-
-    def policy(self, tid: int) -> int:
-        """Return what sched_getscheduler(2) says of a thread. Raises OSError when it is gone."""
-        return self._scheduler(tid)
-
-    def affinity(self, tid: int) -> Collection[int]:
-        """Return the pCPUs that a thread may run on. Raises OSError when it is gone."""
-        return self._affinity(tid)
 
     def pids(self) -> list[int]:
         """Return every process id."""
