@@ -36,6 +36,7 @@ classes:
     emulator: {{pool: housekeeping}}
 guests:
   - {{name: "{prefix}-*", class: benchmark}}
+drift: repair
 """
 
 #: Yields the pid of the contender's process; 0 when it has none.
