@@ -8,14 +8,14 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from factories import applied, fifo, guest, host, thread
+from factories import applied, fifo, guest, host, policy, thread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rtpind.core.cpuset import CpuSet
 from rtpind.core.decision import Decision
 from rtpind.core.ledger import HandsOff, Ledger, Off
-from rtpind.core.memory import Memory, Refusal, conditions
+from rtpind.core.memory import Memory, Refusal, Wanted, conditions
 from rtpind.core.model import Guest, Placement, Role, Snapshot, Thread, Traits
 from rtpind.core.placement import place
 from rtpind.core.policy import Policy
@@ -189,3 +189,19 @@ def test_decisions_are_taken_over_and_are_made_anew() -> None:
     seen = sum((live(Random(seed)) for seed in range(40)), Counter[bool]())
     assert seen[True] > 20
     assert seen[False] > 20
+
+
+def test_a_guest_that_comes_with_a_refusal_is_decided_with_all_others() -> None:
+    """What a cpuset holds its threads to is kept from everybody: the kernel gives a thread's number again."""
+    one, two = guest("rt-1"), guest("rt-2", pid=2000)
+    seen = Snapshot(host=host(), guests=(one,))
+    rules = policy()
+    first = place(rules, seen, Memory(), Ledger())
+    seen = applied(seen, first)
+    before = place(rules, seen, Memory(places=first.wanted()), Ledger())
+    id_ = two.threads[0].id
+    refusal = Refusal(Wanted(CpuSet([2])), Placement(CpuSet([2])), None, (), affinity=True, text="")
+    memory = Memory(places=before.wanted(), refused={id_: (refusal,)})
+    more = replace(seen, guests=(*seen.guests, two))
+
+    assert place(rules, more, memory, Ledger(), before=before) == place(rules, more, memory, Ledger())
