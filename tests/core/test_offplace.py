@@ -133,6 +133,8 @@ def test_a_start_is_told_once() -> None:
 
     assert after[PROCESS].spent(VCPU) == before[PROCESS].spent(VCPU)
     assert list(ended(before, after)) == []
+    other = Start(over={VCPU: SPENT})  # of another guest
+    assert list(ended({**before, (1, 1): other}, {**after, (1, 1): other})) == []
     assert look(after, at("off"), None, 3.0) is after
     assert list(ended(after, after)) == []
 
