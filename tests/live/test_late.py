@@ -61,8 +61,8 @@ def test_a_guest_that_is_restored_is_placed_before_it_runs(lab: Lab, tmp_path: P
 def test_what_is_plugged_in_is_placed(lab: Lab, daemon: Make) -> None:
     """A vCPU and an iothread, of which libvirt sends no event.
 
-    inotify tells of their cgroups, and the proc connector of the threads; without both the test fails. No look follows the
-    start of the guest: that was before.
+    inotify tells of their cgroups, and the proc connector of the threads; without both the test fails. No look follows
+    the start of the guest: that was before.
     """
     guest = lab.start("plug", vcpus=1, max_vcpus=2, iothreads=1)
     daemon(policy((guest, "floating"), period=NEVER)).start()
