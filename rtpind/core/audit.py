@@ -63,7 +63,8 @@ class Result(StrEnum):
     REFUSED = "refused"
     BLOCKED = "blocked"  # promise 1 does not allow it as things are
     VANISHED = "vanished"  # the thread ended; nobody's fault, no record
-    DEFERRED = "deferred"  # FIFO that waits for the second look, or a mask that somebody else set meanwhile; no record
+    DEFERRED = "deferred"  # FIFO that waits for the second look; no record
+    OVERTAKEN = "overtaken"  # somebody else set a mask between the call and the read-back; the next look tries again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,9 @@ def of_outcome(outcome: Outcome, guest: Guest, host: Host) -> Record | None:
     why = f" ({step.reason})"
     if outcome.result is Result.WOULD:
         return Record(kind=Kind.WOULD, message=f"{who}: would {what}{why}", fields=fields)
+    if outcome.result is Result.OVERTAKEN:
+        text = f"{who}: {what}{why}, overtaken: somebody has set another mask meanwhile; the next look tries again"
+        return Record(kind=Kind.CHANGED, message=text, fields=fields)
     if outcome.result is Result.APPLIED:
         level = Level.NOTICE if step.reason in (Reason.DRIFT, Reason.SAFETY) else Level.INFO
         return Record(kind=Kind.CHANGED, message=f"{who}: {what}{why}", level=level, fields=fields)

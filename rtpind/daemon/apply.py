@@ -147,6 +147,6 @@ def _take(step: Step, state: State, kernel: Kernel) -> Outcome:
         return Outcome(step=step, result=Result.APPLIED, before=before, after=after)
     if not error and step.reason is not Reason.RELEASE and step.cpus is not None and not after.cpus <= step.cpus:
         # No cpuset widens: somebody set it in between, as libvirt does while a guest starts. The next look tries again.
-        return Outcome(step=step, result=Result.DEFERRED, before=before, after=after)
+        return Outcome(step=step, result=Result.OVERTAKEN, before=before, after=after)
     result = Result.REFUSED if error else Result.NARROWED
     return Outcome(step=step, result=result, before=before, after=after, error=error, limits=kernel.limits(thread))

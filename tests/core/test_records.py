@@ -69,6 +69,16 @@ def test_what_is_nobody_s_fault_is_no_record(result: Result) -> None:
     assert of_outcome(outcome(result), GUEST, HOST) is None
 
 
+def test_a_mask_that_was_overtaken_is_on_record() -> None:
+    """The call was made (promise 9); what the thread has now is somebody else's."""
+    record = of_outcome(outcome(Result.OVERTAKEN, after=Placement(cpus("0-7"))), GUEST, HOST)
+
+    assert record is not None
+    assert (record.kind, record.level) == (Kind.CHANGED, Level.INFO)
+    assert "0-7 → 2 (place), overtaken: somebody has set another mask" in record.message
+    assert (record.fields["RESULT"], record.fields["NEW_CPUS"]) == ("overtaken", "0-7")
+
+
 def test_an_applied_step_says_who_what_from_to_and_why() -> None:
     """The fields hold guest, thread, old, wanted and new, reason, rule and result; the text is for people."""
     record = of_outcome(outcome(Result.APPLIED, after=Placement(cpus("2"))), GUEST, HOST)

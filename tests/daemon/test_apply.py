@@ -62,7 +62,7 @@ def test_a_step_is_done_when_it_reads_back_right() -> None:
 
 @pytest.mark.parametrize(
     ("meanwhile", "reason", "result"),
-    [("0-7", Reason.PLACE, "deferred"), ("2", Reason.PLACE, "narrowed"), ("0-7", Reason.RELEASE, "narrowed")],
+    [("0-7", Reason.PLACE, "overtaken"), ("2", Reason.PLACE, "narrowed"), ("0-7", Reason.RELEASE, "narrowed")],
 )
 def test_a_mask_that_somebody_sets_meanwhile_is_no_refusal(meanwhile: str, reason: Reason, result: str) -> None:
     """Between the call and reading back, as libvirt does at a start: else it would never be tried again."""
