@@ -155,16 +155,17 @@ class Events:
 
     def passed(self, view: View, only: set[str] | None) -> None:
         """See to what follows a pass over all guests, or ``only`` some: who is watched, asked about, due again."""
-        guests = [guest for guest in view.snapshot.guests if only is None or guest.uuid in only]
+        decided = [found for found in view.decision.guests if only is None or found.guest.uuid in only]
         now = self._clock()
-        for guest in guests:
+        for found in decided:
+            guest = found.guest
             self._watch(guest)
             since = self._moving.get(guest.uuid)
             if since is not None and now - since < _WINDOW_S:
                 self._inbox.look_in(max(_CLOSE_S, (now - since) / _SPARING), guest.uuid)
             if guest.uuid not in view.plan.again:
                 continue
-            if guest.starting or guest.doubtful or any(not thread.settled for thread in guest.threads):
+            if guest.doubtful or found.unsettled:
                 self._inbox.look_in(_WATCHED_S if guest.uuid in self._watched else _STARTING_S, guest.uuid)
             # In place, and only the second look is missing. A guest that is not in place waits for the period.
             if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:
@@ -172,7 +173,7 @@ class Events:
         if only is None:
             self._forget(view)
         self._threads.watch(self._pids)
-        self._definitions.want(guests)
+        self._definitions.want([found.guest for found in decided])
 
     def _watch(self, guest: Guest) -> None:
         """Have the kernel tell of new cgroups and threads of a guest that is seen for the first time."""
