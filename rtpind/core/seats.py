@@ -113,10 +113,29 @@ class Seats:
         if not short:
             short = self._try(item)
             if short and self._inputs.degrades(item.class_):
-                short = self._fill(item, strict=False)
+                short = self._fill(item, strict=False) and self._squeeze(item)
         if short and not kept:
             self._take_back(item)
         return "" if kept else short
+
+    def _squeeze(self, item: Item) -> str:
+        """Have the siblings that are kept idle for a guest do for what it still lacks. Return what it lacks then.
+
+        As they do where all its threads are there from the first: who came last makes no difference.
+        """
+        had = self._places(item)
+        idle = [slot for slot, (_, strict) in had.items() if strict and self._siblings(slot) is Siblings.IDLE]
+        self._take_back(item)
+        self._give_all(item, {slot: (cpu, strict and slot not in idle) for slot, (cpu, strict) in had.items()})
+        short = self._fill(item, strict=False)
+        for slot in idle:  # unless it is used now
+            cpu = had[slot][0]
+            if self._claims.alone(CpuSet([cpu]), item.guest.uuid, Siblings.IDLE, beside=NOBODY):
+                self._give(item, slot, cpu, strict=True)
+        return short
+
+    def _siblings(self, slot: Slot) -> Siblings:
+        return self._inputs.choice(slot)[1].siblings
 
     def _keep_slot(self, item: Item, slot: Slot, *, strict: bool, remembered: bool) -> None:
         for thread in slot.threads:
@@ -152,8 +171,9 @@ class Seats:
         return (cpus - fenced) or cpus
 
     def _give(self, item: Item, slot: Slot, cpu: int, *, strict: bool) -> None:
-        siblings = self._inputs.choice(slot)[1].siblings
+        siblings = self._siblings(slot)
         key = (item.guest.uuid, slot.label)
+        self._crowded.discard(key)
         if not strict and siblings is not Siblings.IGNORE:
             self._crowded.add(key)
             siblings = Siblings.IGNORE

@@ -452,6 +452,39 @@ def test_a_step_is_lost_before_the_place_and_got_back_when_there_is_room():
     assert vcpus_of(alone, "b") == ["7", "4"]  # who need not move does not
 
 
+@pytest.mark.parametrize(
+    ("vcpus", "places", "why"),
+    [
+        (2, ["1", "2"], ""),
+        (3, ["1", "2", "9"], "vcpu 0, vcpu 2"),
+        (4, ["1", "2", "9", "10"], "vcpu 0, vcpu 1, vcpu 2, vcpu 3"),
+    ],
+)
+def test_who_comes_late_may_use_what_is_idle_for_its_own_guest(vcpus, places, why):
+    """As if it had been there at once; who is placed does not move, and of whom no sibling is used keeps it idle."""
+    by, on = smt("idle"), host(online="0-2,8-10", isolated="1-2,9-10", topology=SMT)
+    memory = Memory(places=decide(by, guest(vcpus=2), on=on).wanted())
+
+    late = decide(by, guest(vcpus=vcpus), on=on, memory=memory)
+
+    lost = f"no core with idle siblings in 'realtime' for {why}: others may run beside it" if why else ""
+    assert state(late) == (State.CROWDED if why else State.PLACED, lost)
+    assert vcpus_of(late) == places
+    for step in (Memory(places=late.wanted()), Memory()):  # again, and for a daemon that was started anew
+        seen = applied(snapshot(guest(vcpus=vcpus), host=on), late)
+        assert vcpus_of(place(by, seen, step, Ledger())) == places
+
+
+def test_where_no_idle_sibling_helps_no_step_is_lost():
+    """A vCPU for which there is no pCPU at all costs the others nothing: not their places, nor their idle siblings."""
+    by, on = smt("idle"), host(online="0-2,8", isolated="1-2", topology=SMT)
+    memory = Memory(places=decide(by, guest(vcpus=2), on=on).wanted())
+
+    late = decide(by, guest(vcpus=3), on=on, memory=memory)
+
+    assert (state(late), vcpus_of(late)) == ((State.PLACED, ""), ["1", "2", "0,8"])
+
+
 def test_with_leave_no_step_is_lost():
     """A class that wants idle siblings or nothing gets nothing."""
     by, on = smt("idle", when_full="leave"), host(**BIG)
