@@ -129,7 +129,8 @@ class Daemon:
             nonlocal pid
             found = self.ctl("status")["daemon"]
             pid = found["pid"] if found else 0
-            return self.died() or (bool(found) and self.run_ctl("verify").returncode == 0)
+            connected = bool(found) and found["libvirt"] == "connected"
+            return self.died() or (connected and self.run_ctl("verify").returncode == 0)
 
         wait_for(ended, "it is killed, or has done all it wants to", 30)
         self.killed_at = number if self.died() else 0

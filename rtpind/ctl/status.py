@@ -18,12 +18,17 @@ from rtpind.host.control import UnreachableError, ask
 
 
 def document(config: Path | None, state_dir: Path) -> dict[str, Any]:
-    """Return the status document: the daemon's or, without one or with another policy file, from a look of our own."""
+    """Return the status document: the daemon's or, without one or with another policy file, from a look of our own.
+
+    So it is, too, while the daemon waits for libvirt and knows of no guest.
+    """
+    daemon: dict[str, Any] | None = None
     if config is None:
         try:
             answer = ask({"do": "status"}, state_dir)
             if isinstance(answer.get("ok"), dict):
                 return dict(answer["ok"])
+            daemon = answer.get("daemon")
         except UnreachableError:
             pass
     looked = look(config, state_dir)
@@ -38,6 +43,7 @@ def document(config: Path | None, state_dir: Path) -> dict[str, Any]:
         policy=looked.policy,
         decision=looked.view.decision if looked.view else None,
         memory=looked.reconciler.memory,
+        daemon=daemon,
     )
     problems = [problem for problem in looked.problems if not problem.warning]
     if problems:

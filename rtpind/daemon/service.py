@@ -163,7 +163,8 @@ class Service:
                 answer = commands.answer(asked.request, self._reconciler, self._about())
             else:
                 why = f" ({self._events.lost})" if self._events.lost else ""
-                answer = {"error": f"libvirt has not answered yet{why}: rtpind does not know which guests run"}
+                error = f"libvirt has not answered yet{why}: rtpind does not know which guests run"
+                answer = {"error": error, "daemon": self._about()}
         finally:
             asked.reply.put(answer)
         if asked.request.get("do") not in commands.LOOKS:

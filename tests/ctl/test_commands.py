@@ -53,6 +53,17 @@ def test_status_needs_neither_daemon_nor_policy(run_json, run, tmp_path):
     assert "not running" in out.splitlines()[1]
 
 
+def test_status_tells_of_a_daemon_that_waits_for_libvirt(run_json, run, daemon):
+    """It runs, and knows of no guest yet: the look is our own."""
+    about = {"pid": 7, "mode": "enforce", "policy": "/x", "libvirt": "away", "passes": 0, "faults": 0}
+    daemon({"error": "libvirt has not answered yet", "daemon": about})
+
+    code, document, _ = run_json("status", "status")
+
+    assert (code, document["daemon"], document["host"]["kernel"]) == (0, about, os.uname().release)
+    assert "enforce, pid 7, libvirt away" in run("status")[1].splitlines()[1]
+
+
 def test_status_by_a_policy_judges(run_json, policy):
     """With a policy the document says so, and every guest has a state."""
     code, document, err = run_json("status", "status", "--config", policy)

@@ -330,6 +330,9 @@ def test_the_daemon_may_start_before_libvirt(lab: Lab, daemon: Make) -> None:
         made.write(policy((guest, "floating")))
         made.start_without_libvirt()
         wait_for(lambda: made.count("libvirt is away") == 1, "that is on record")
+        assert made.process is not None
+        said = made.ctl("status")["daemon"]
+        assert (said["pid"], said["libvirt"]) == (made.process.pid, "away")
     finally:
         start()
     lab.reconnect()
