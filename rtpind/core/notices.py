@@ -100,6 +100,8 @@ def _of_thread(
     thread: Thread, found: GuestDecision, decision: Decision, memory: Memory, snapshot: Snapshot
 ) -> Iterator[Notice]:
     verdict, why = judge(thread, found, decision, memory, snapshot)
+    if verdict not in (Verdict.INTRUDER, Verdict.NO_FIFO, Verdict.NOT_PLACED):
+        return
     fields = thread_fields(thread, found.guest) | {"RULE": found.rule, "CAUSE": why, "RESULT": str(verdict)}
     text = f"{_who(thread, found.guest)}: {why}"
     if verdict is Verdict.INTRUDER:
