@@ -86,7 +86,7 @@ def _pins(domain: ET.Element) -> Iterator[tuple[int, CpuSet]]:
 
 
 def _realtime(domain: ET.Element) -> Iterator[tuple[int, int]]:
-    """Yield (vCPU, priority). libvirt writes an element for each priority, with all the vCPUs that have it."""
+    """Yield (vCPU, priority). libvirt 9.0 writes an element for each vCPU, whatever lists of vCPUs it was given."""
     for sched in domain.findall("cputune/vcpusched"):
         if sched.get("scheduler") in _REALTIME:
             priority = _number(sched.get("priority", ""))

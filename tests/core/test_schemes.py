@@ -18,6 +18,7 @@ from rtpind.core.placement import place
 from rtpind.core.plan import Plan
 from rtpind.core.policyfile import load
 from rtpind.core.topology import Topology
+from rtpind.core.traits import parse
 from rtpind.core.verdict import Verdict, judge
 
 HOST = host()
@@ -191,6 +192,27 @@ def test_the_guests_own_cputune_is_kept_and_what_it_lacks_is_added():
     assert where(decision) == {"vcpu 0": "4", "vcpu 1": "5 fifo:3", "emulator": "0-1", "iothread 1": "0-1"}
     assert where(decision, "free") == {"vcpu 0": "0-1", "vcpu 1": "0-1", "emulator": "0-1", "iothread 1": "0-1"}
     assert set(decision.owners) == {4, 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "isolated", "vcpus"),
+    [
+        ("nova-realtime", "4-15,20-31", ["26", "27 fifo:1", "28 fifo:1", "29 fifo:1"]),
+        ("nova-isolate", "4-15,20-31", ["10", "11 fifo:1", "12 fifo:1", "13 fifo:1"]),
+        ("nova-shared", "4-15,20-31", ["0-3,16-19", "0-3,16-19"]),
+        ("seapath", "2-31", ["2 fifo:1", "3 fifo:1"]),
+    ],
+)
+def test_what_clouds_write_is_kept(name, isolated, vcpus):
+    """The vCPUs are where Nova or SEAPATH had libvirt pin them, at their priority; who is not pinned floats."""
+    traits = parse((Path(__file__).parent / "domains" / f"{name}.xml").read_text(encoding="utf-8"))
+    on = host(online="0-31", isolated=isolated)
+    by = policy(CPUTUNE, pools=f"realtime: {isolated!r}", on=on)
+
+    found = where(decide(by, guest(vcpus=len(vcpus), traits=traits), on=on))
+
+    assert [found[f"vcpu {index}"] for index in range(len(vcpus))] == vcpus
+    assert found["emulator"] == str(on.online - on.isolated)
 
 
 def test_what_a_cputune_holds_is_not_given_to_others():

@@ -28,26 +28,42 @@ def tune(text: str) -> Traits:
 
 
 def test_a_nova_guest_with_realtime_vcpus() -> None:
-    """Flavor, project, pins, FIFO for all but vCPU 0, locked huge pages on node 1, sibling pairs."""
+    """Flavor, project, pins, FIFO for all but vCPU 0, locked huge pages on node 1, sibling pairs.
+
+    Nova gave libvirt one <vcpusched> for vCPUs 1-3, and libvirt made three of it.
+    """
     assert recorded("nova-realtime") == Traits(
         flavor="rt.4c8g",
         project="plant-north",
         project_id="512866f9994f4ad8916d8539a7cdeec9",
         has=frozenset({"hugepages", "locked", "vcpusched"}),
-        partition="/machine",
         threads=2,
-        pins={0: cpus("10"), 1: cpus("11"), 2: cpus("30"), 3: cpus("31")},
+        pins={0: cpus("26"), 1: cpus("27"), 2: cpus("28"), 3: cpus("29")},
         realtime={1: 1, 2: 1, 3: 1},
         nodes=cpus("1"),
     )
 
 
+def test_a_nova_guest_with_a_pcpu_for_its_emulator() -> None:
+    """With hw:emulator_threads_policy=isolate the pCPU of the emulator is no vCPU's, and not realtime."""
+    assert recorded("nova-isolate") == Traits(
+        flavor="rt-isolate.4c8g",
+        project="plant-north",
+        project_id="512866f9994f4ad8916d8539a7cdeec9",
+        has=frozenset({"hugepages", "locked", "vcpusched"}),
+        threads=2,
+        pins={0: cpus("10"), 1: cpus("11"), 2: cpus("12"), 3: cpus("13")},
+        realtime={1: 1, 2: 1, 3: 1},
+        nodes=cpus("0"),
+    )
+
+
 def test_a_nova_guest_that_is_not_pinned() -> None:
-    """The older namespace is read too; the pCPUs of the whole guest are no pins of its vCPUs."""
+    """The pCPUs of the whole guest are no pins of its vCPUs; libvirt adds the partition when it starts a guest."""
     assert recorded("nova-shared") == Traits(
-        flavor="m1.normal",
-        project="test",
-        project_id="995b4947cc4044fba99bade057053803",
+        flavor="m1.small",
+        project="plant-north",
+        project_id="512866f9994f4ad8916d8539a7cdeec9",
         partition="/machine",
     )
 
@@ -67,8 +83,8 @@ def test_a_seapath_guest() -> None:
     assert recorded("seapath") == Traits(
         has=frozenset({"vcpusched"}),
         partition="/machine/rt",
-        pins={0: cpus("4"), 1: cpus("5"), 2: cpus("6")},
-        realtime={0: 5, 1: 5, 2: 5},
+        pins={0: cpus("2"), 1: cpus("3")},
+        realtime={0: 1, 1: 1},
     )
 
 
@@ -147,6 +163,10 @@ def nova(version: int, inner: str) -> str:
         (nova(1, "<nova:flavor/><nova:owner><nova:project/></nova:owner>"), ("", "", "")),
         (nova(1, ""), ("", "", "")),
         (nova(1, "<nova:owner/>"), ("", "", "")),
+        (
+            nova(0, "<nova:flavor name='old'/><nova:owner><nova:project uuid='u'>p</nova:project></nova:owner>"),
+            ("old", "p", "u"),
+        ),
         (nova(0, "<nova:flavor name='old'/>") + nova(1, "<nova:flavor name='new'/>"), ("new", "", "")),
         (nova(1, "<nova:owner><nova:project uuid='u'> a&amp;b </nova:project></nova:owner>"), ("", "a&b", "u")),
         (nova(2, "<nova:flavor name='x'/>"), ("", "", "")),  # a namespace that nobody knows yet
