@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import linear_regression, median
 
 from bench.standins import StandIns
+from rtpind.core.identify import SETTLE_S
 from rtpind.core.memory import Memory
 from rtpind.core.policyfile import load
 from rtpind.daemon.observe import Observer
@@ -37,7 +38,7 @@ classes: {{c: {{vcpu: {{pool: housekeeping}}, emulator: {{pool: housekeeping}}}}
 guests: [{{name: "standin-*", class: c}}]
 """
 _LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-_OLD_S = 10.5  # then a guest is not young any more: no vCPU is waited for
+_OLD_S = SETTLE_S + 0.5  # then a guest is not young any more: no vCPU is waited for
 
 
 def read(path: str) -> bytes:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from rtpind.core.model import Guest, Kind, Placement, Role, Thread, ThreadId
 
-#: A thread that QEMU has named but libvirt has not moved yet is waited for this long (measured: up to 0.4 s at a
-#: start); after that it is a helper like any other, so that a name alone keeps no thread off the helpers' pool.
-SETTLE_S = 10.0
+#: A thread that QEMU has named but libvirt has not moved yet is waited for this long (measured: up to 0.4 s at a start,
+#: over 10 s on an emulated host without CPU time); after that it is a helper like any other, so that a name alone keeps
+#: no thread off the helpers' pool. If it is too short, a guest that starts is taken for one with fewer vCPUs.
+SETTLE_S = 30.0
 
 _VCPU = re.compile(r"CPU (\d{1,5})/[A-Z]+", re.ASCII)
 _IOTHREAD = re.compile(r"IO iothread(\d{1,5})", re.ASCII)

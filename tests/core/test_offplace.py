@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 from factories import PID, START, cpus, fifo, find, guest, policy, put, snapshot, thread
 
+from rtpind.core.identify import SETTLE_S
 from rtpind.core.ledger import HandsOff, Ledger, Off
 from rtpind.core.memory import Memory
 from rtpind.core.model import OTHER, Guest, Placement, Role, Scheduling, ThreadId
@@ -185,8 +186,8 @@ def test_what_is_not_measured(of: Guest, ledger: Ledger) -> None:
     ("start", "age_s", "due"),
     [
         (Start(), 9.9, True),
-        (Start(), 10.0, False),
-        (Start(open={VCPU: SPENT}), 10.0, True),
+        (Start(), SETTLE_S, False),
+        (Start(open={VCPU: SPENT}), SETTLE_S, True),
         (Start(over={VCPU: SPENT}), 1.0, False),
         (Start(over={VCPU: None}), 1.0, False),
     ],

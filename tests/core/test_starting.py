@@ -8,7 +8,7 @@ import pytest
 from factories import find, guest, policy, sighting, snapshot
 
 from rtpind.core.decision import Decision, State
-from rtpind.core.identify import identify
+from rtpind.core.identify import SETTLE_S, identify
 from rtpind.core.ledger import Ledger
 from rtpind.core.memory import Memory
 from rtpind.core.model import Guest
@@ -53,7 +53,7 @@ def test_no_other_guest_gets_out_of_its_place(found: Guest) -> None:
     assert find(found, "emulator").id in decide(found).guests[0].wanted
 
 
-@pytest.mark.parametrize(("age_s", "young"), [(0.1, True), (9.9, True), (10.0, False)])
+@pytest.mark.parametrize(("age_s", "young"), [(0.1, True), (SETTLE_S - 0.1, True), (SETTLE_S, False)])
 def test_a_guest_is_as_young_as_its_main_thread(age_s: float, young: bool) -> None:
     """Threads that begin later do not make a guest young again."""
     main = sighting(age_s=age_s)
