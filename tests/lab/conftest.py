@@ -8,6 +8,7 @@ worker. What a failing scenario saw is left in build/lab/.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from lab.host import RESULTS, LabHost
 from lab.product import install
-from lab.recipe import SHAPES
+from lab.recipe import SHAPES, Shape
 from lab.scene import Scene
 
 #: The first scenario of a shape boots it, and may build its image.
@@ -93,22 +94,29 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-@pytest.fixture(scope="session")
-def host(request: pytest.FixtureRequest) -> Iterator[LabHost]:
-    """A booted lab host with rtpind installed; ended before the next shape boots."""
+@contextlib.contextmanager
+def booted(shape: Shape, config: pytest.Config) -> Iterator[LabHost]:
+    """Boot a lab host and install rtpind; its console is left in build/lab when that, or a scenario, fails."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it is shut down then, too
-    made = LabHost(SHAPES[request.param])
-    _say(request.config, f"booting {request.param} ...")
+    made = LabHost(shape)
+    _say(config, f"booting {shape.name} ...")
     try:
         with made:
             install(made)
             how = "continues" if made.continued else "has booted"
-            _say(request.config, f"{request.param} {how} after {made.boot_s:.0f} s")
+            _say(config, f"{shape.name} {how} after {made.boot_s:.0f} s")
             yield made
     except BaseException:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"console-{request.param}.log").write_text(made.console)
+        (RESULTS / f"console-{shape.name}.log").write_text(made.console)
         raise
+
+
+@pytest.fixture(scope="session")
+def host(request: pytest.FixtureRequest) -> Iterator[LabHost]:
+    """A booted lab host with rtpind installed; ended before the next shape boots."""
+    with booted(SHAPES[request.param], request.config) as made:
+        yield made
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 from lab import saved
 from lab.channel import Channel, ChannelError, Reply, connect
@@ -126,6 +127,10 @@ class LabHost:
         command += ["-chardev", f"socket,id=agent,path={directory}/agent.sock,server=on,wait=off"]
         command += ["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=lab.agent"]
         command += ["-qmp", f"unix:{directory}/monitor.sock,server=on,wait=off"]
+        if shape.peer:
+            ends = "local.type=unix,local.path={0}/cable.sock,remote.type=unix,remote.path={0}/peer.sock"
+            command += ["-netdev", f"dgram,id=cable,{ends.format(directory)}"]
+            command += ["-device", "virtio-net-pci,netdev=cable,romfile="]
         command += ["-device", "virtio-rng-pci", "-serial", f"file:{directory}/console.log"]
         return command
 
@@ -206,6 +211,20 @@ class LabHost:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not within {timeout_s:g} s: {what} (at last: {found!r})")
             time.sleep(every_s)
+
+    def plug(self, peer: LabHost) -> None:
+        """Connect its network cable with its peer's; each has a name and a UUID of its own, and its libvirt listens."""
+        for number, (one, other) in enumerate(((self, peer), (peer, self)), 1):
+            end = one._dir / "peer.sock"
+            end.unlink(missing_ok=True)
+            end.symlink_to(other._dir / "cable.sock")
+            one.run(
+                f"hostname {one.shape.name} && busybox ip addr add 10.0.0.{number}/24 dev eth0"
+                " && busybox ip link set eth0 up"
+                f' && printf \'host_uuid = "{uuid4()}"\\nauth_tcp = "none"\\n\' >>/etc/libvirt/libvirtd.conf'
+                f" && printf '10.0.0.1 {self.shape.name}\\n10.0.0.2 {peer.shape.name}\\n' >>/etc/hosts"
+                " && systemctl stop libvirtd && systemctl start libvirtd-tcp.socket && systemctl start libvirtd"
+            )
 
     def reboot(self) -> None:
         """Restart the lab host and wait until libvirt answers again."""

@@ -12,7 +12,8 @@ from lab import initrd
 #: Raise it when :mod:`lab.image` makes something else of the same recipe.
 BUILD = 3
 
-#: Everything of Debian that rtpind, the guests and the scenarios use. No network tools: a lab host has no network.
+#: Everything of Debian that rtpind, the guests and the scenarios use. No network tools: a
+#: lab host has a cable to its peer at most.
 PACKAGES = (
     "busybox-static",
     "dbus",
@@ -156,6 +157,8 @@ class Shape:
     memory_mib: int = 2048
     #: QEMU's model: an AMD one without topoext, which TCG has not, shows no SMT siblings to Linux 6.1
     cpu: str = "EPYC"
+    #: The shape at the other end of its network cable; "": it has none.
+    peer: str = ""
 
     def command_line(self) -> str:
         """Return the kernel's command line."""
@@ -183,5 +186,7 @@ SHAPES = {
         Shape("trixie-rt", "trixie-rt", "8,sockets=2,cores=4,threads=1", "2-3,5-7", ("0-3", "4-7")),
         Shape("smt", "bookworm-rt", "8,sockets=2,cores=2,threads=2", "2-3,6-7", ("0-3", "4-7"), cpu="Haswell-noTSX"),
         Shape("small", "bookworm-rt", "4,sockets=1,cores=4,threads=1", "1-3", ("0-3",)),
+        Shape("here", "bookworm-rt", "2,sockets=1,cores=2,threads=1", "1", ("0-1",), 1024, peer="there"),
+        Shape("there", "bookworm-rt", "2,sockets=1,cores=2,threads=1", "1", ("0-1",), 1024, peer="here"),
     )
 }

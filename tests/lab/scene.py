@@ -108,6 +108,12 @@ class Guest:
         """Run virsh; ``{}`` in ``words`` stands for the guest's name."""
         return self.host.run(f"virsh -q {words.format(self.name)}", check=check)
 
+    def define(self) -> None:
+        """Make it persistent, which it is not."""
+        self.host.run(
+            f"virsh -q dumpxml {self.name} >/var/tmp/{self.name}.xml && virsh -q define /var/tmp/{self.name}.xml"
+        )
+
     def destroy(self) -> None:
         """End it."""
         self.host.call("destroy", names=[self.name])
@@ -243,6 +249,10 @@ class Scene:
         with ThreadPoolExecutor(len(names)) as pool:
             return list(pool.map(lambda name: self.guest(name, **options), names))
 
+    def again(self, guest: Guest) -> Guest:
+        """Return a guest as the process that it is now on this host."""
+        return Guest(self.host, guest.name, guest.uuid, int(self.host.read(f"/run/libvirt/qemu/{guest.name}.pid")))
+
     def alone(self, guests: Sequence[Guest]) -> bool:
         """Whether every vCPU has an isolated pCPU to itself, at FIFO with RESET_ON_FORK, and all helpers keep house."""
         threads = [thread for guest in guests for thread in guest.threads()]
@@ -272,10 +282,8 @@ class Scene:
         """End guests and rtpind and forget what it knew; the host is as after the installation."""
         self.host.call("destroy", names=[])
         self.run("systemctl stop rtpind; systemctl reset-failed rtpind; rm -rf /run/rtpind", check=False)
-        left = "$(virsh -q list --all --name)"
-        self.run(
-            f"for name in {left}; do virsh -q destroy $name; virsh -q undefine --managed-save $name; done", check=False
-        )
+        end = "virsh -q destroy $name; virsh -q undefine --managed-save --snapshots-metadata $name"
+        self.run(f"for name in $(virsh -q list --all --name); do {end}; done", check=False)
 
 
 def violations(guests: Iterable[Guest]) -> list[tuple[str, str]]:
