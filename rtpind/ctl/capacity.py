@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import replace
 
+from rtpind import POLICY_FILE
 from rtpind.core.capacity import Shape, made_up_host, table
 from rtpind.core.cpuset import CpuListError, CpuSet
 from rtpind.core.ledger import Ledger
@@ -73,7 +74,7 @@ def capacity(options: argparse.Namespace) -> int:
     looked = look(options.config, options.state_dir)
     policy, problems, snapshot = looked.policy, list(looked.problems), Snapshot(host=looked.host())
     memory, ledger, there = Memory(), Ledger(), None
-    path = options.config or policysource.DEFAULT
+    path = options.config or POLICY_FILE
     if options.shape is not None:
         host = options.shape
         if options.isolated is not None:

@@ -7,6 +7,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from rtpind import POLICY_FILE
 from rtpind.core.document import Problem
 from rtpind.core.model import Host
 from rtpind.core.policy import Policy
@@ -59,7 +60,7 @@ def running(observer: Observer, uri: str = URI) -> dict[str, str]:
 def look(config: Path | None, state_dir: Path) -> Looked:
     """Look at the host with the policy in ``config`` (None: the host's own, if there is one)."""
     observer = Observer()
-    path = config or policysource.DEFAULT
+    path = config or POLICY_FILE
     policy: Policy | None = None
     problems: list[Problem] = []
     if config is not None or path.exists():

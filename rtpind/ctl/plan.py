@@ -8,11 +8,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rtpind import POLICY_FILE
 from rtpind.core.capacity import one_more
 from rtpind.ctl import show
 from rtpind.ctl.checkconfig import print_problems
 from rtpind.ctl.look import Looked, look
-from rtpind.daemon import policysource, report
+from rtpind.daemon import report
 from rtpind.daemon.main import EXIT_CONFIG
 from rtpind.daemon.reconcile import View
 from rtpind.host.control import UnreachableError, ask
@@ -137,7 +138,7 @@ def _explained(options: argparse.Namespace) -> dict[str, Any] | int:
 
 
 def _no_policy(options: argparse.Namespace, looked: Looked) -> int:
-    path = options.config or policysource.DEFAULT
+    path = options.config or POLICY_FILE
     if looked.problems:
         print_problems(looked.problems, path, sys.stderr)  # programs read JSON from stdout
     else:

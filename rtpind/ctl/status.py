@@ -11,7 +11,6 @@ from typing import Any
 from rich.text import Text
 
 from rtpind.ctl import show
-from rtpind.ctl.look import look
 from rtpind.daemon import report
 from rtpind.host import others
 from rtpind.host.control import UnreachableError, ask
@@ -31,6 +30,8 @@ def document(config: Path | None, state_dir: Path) -> dict[str, Any]:
             daemon = answer.get("daemon")
         except UnreachableError:
             pass
+    from rtpind.ctl.look import look  # with all of the daemon
+
     looked = look(config, state_dir)
     snapshot = (
         looked.view.snapshot

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from rtpind import __version__
+from rtpind import POLICY_FILE, __version__
 from rtpind.core.audit import Kind, Level, Record
 from rtpind.daemon import policysource
 from rtpind.daemon.observe import Observer
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Runs in the foreground. SIGHUP reads the policy again. See rtpind(8), rtpind.yaml(5), rtpinctl(1).",
     )
     made.add_argument(
-        "--config", type=Path, default=policysource.DEFAULT, metavar="FILE", help="policy file (default %(default)s)"
+        "--config", type=Path, default=POLICY_FILE, metavar="FILE", help="policy file (default %(default)s)"
     )
     made.add_argument(
         "--observe", action="store_true", help="only journal what would be done, whatever the policy's mode"

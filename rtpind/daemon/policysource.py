@@ -13,8 +13,6 @@ from rtpind.core.policy import Policy
 from rtpind.core.policyfile import load
 from rtpind.core.yamlform import MAX_CHARS
 
-DEFAULT = Path("/etc/rtpind.yaml")
-
 
 def read(path: Path, host: Host, *, strict: bool = False) -> tuple[Policy | None, list[Problem]]:
     """Return the policy of a file, or None, and every problem. Never raises.
