@@ -22,7 +22,7 @@ from demo.guests import RUN_DIR, Guest, Seen, rounds, seen
 
 _INTERVAL_S = 0.0005
 _WATCH_PRIORITY = 50
-_STAYS_S = 0.25
+STAYS_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class LateWatch(Watch):
             self._placed = 0.0  # or not any more: it can have inherited its place, until libvirt resets it
             return now > self._entered + self._patience
         self._placed = self._placed or now
-        return now > self._placed + _STAYS_S
+        return now > self._placed + STAYS_S
 
 
 def in_cgroup(tid: str, name: str) -> bool:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import libvirt
 
-from bench import drift, jitter, late, report, starts, steady
+from bench import burst, drift, jitter, late, report, starts, steady
 from bench.bench import PREFIX, Bench
-from bench.contenders import ALL, remove_hook
+from bench.contenders import ALL, Contender, remove_hook
 from bench.results import Table
 from demo.guests import kvm_works
 from demo.run import clean
@@ -38,17 +38,19 @@ class Size:
     """How much of everything."""
 
     starts: tuple[int, int]  # turns, and starts in each
+    burst: tuple[int, int]  # turns, and guests in each
     late: int
     drift: int
     steady: tuple[int, int, float]  # turns, guests, seconds
     jitter: int
 
 
-QUICK = Size(starts=(3, 1), late=3, drift=2, steady=(1, 20, 20.0), jitter=3)
-FULL = Size(starts=(20, 10), late=30, drift=6, steady=(3, 20, 60.0), jitter=10)
+QUICK = Size(starts=(3, 1), burst=(1, 20), late=3, drift=2, steady=(1, 20, 20.0), jitter=3)
+FULL = Size(starts=(20, 10), burst=(5, 50), late=30, drift=6, steady=(3, 20, 60.0), jitter=10)
 
 EXPERIMENTS: dict[str, Callable[[Bench, Size], tuple[Table, ...]]] = {
     "starts": lambda bench, size: starts.run(bench, *size.starts),
+    "burst": lambda bench, size: (burst.run(bench, *size.burst),),
     "late": lambda bench, size: (late.run(bench, size.late),),
     "drift": lambda bench, size: (drift.run(bench, size.drift),),
     "steady": lambda bench, size: (steady.run(bench, *size.steady),),
@@ -63,6 +65,9 @@ def main() -> int:
     parser.add_argument(
         "--only", choices=EXPERIMENTS, action="append", help="this experiment; the page keeps the others"
     )
+    parser.add_argument(
+        "--contender", choices=[one.name for one in ALL], action="append", help="this one only (for a page of your own)"
+    )
     parser.add_argument("--page", type=Path, default=_PAGE, help="where to write the tables")
     parser.add_argument("--note", default="", help="what else the machine did meanwhile, for the page")
     options = parser.parse_args()
@@ -74,7 +79,7 @@ def main() -> int:
     runtime = RT_RUNTIME.read_text()
     interrupts = Interrupts()
     stage = Stage(contextlib.ExitStack(), interrupts, PREFIX)
-    bench = Bench(stage, "kvm" if kvm_works() else "qemu", tuple(one for one in ALL if not one.lacks()))
+    bench = Bench(stage, "kvm" if kvm_works() else "qemu", _able(options.contender))
     tables: list[Table] = []
     failure, number = "", 0
     try:
@@ -98,6 +103,11 @@ def main() -> int:
         print(f"bench: {failure or 'stopped by a signal'}", file=sys.stderr)
         return 128 + number if number else 1
     return 0
+
+
+def _able(wanted: Sequence[str] | None) -> tuple[Contender, ...]:
+    """Return those who take part."""
+    return tuple(one for one in ALL if not one.lacks() and (wanted is None or one.name in wanted))
 
 
 def _keep(tables: Sequence[Table], page: Path, bench: Bench, remark: str) -> None:

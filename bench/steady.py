@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from bench.bench import Bench
-from bench.contenders import Contender
+from bench.contenders import ALL, Contender
 from bench.guests import cpu_time_ns, first_time, resident_mib, switches
 from bench.results import Column, Table
 from demo.guests import wait_for
@@ -36,7 +36,7 @@ length, with strace, its `sched_set*` calls. <cputune> and the hook script have 
     table = Table("steady", f"Steady state, {guests} guests", text, columns)
     place = bench.shared
     with contextlib.ExitStack() as ends:
-        nothing = bench.contenders[0]
+        nothing = ALL[0]
         running = [ends.enter_context(bench.guest(nothing, place)) for _ in range(guests)]
         tids = [vcpu.tid for guest in running for vcpu in guest.vcpus()]
 

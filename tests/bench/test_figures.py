@@ -117,7 +117,7 @@ def test_lost_turns_are_counted_by_reason() -> None:
     assert made.circumstances().endswith("Turns lost: poller: no thread N (2).")
 
 
-@pytest.mark.parametrize("key", ["machine", "start-idle", "start-hogs", "late", "drift", "steady", "jitter"])
+@pytest.mark.parametrize("key", ["machine", "start-idle", "start-hogs", "burst", "late", "drift", "steady", "jitter"])
 def test_the_shipped_page_has_its_markers(key: str) -> None:
     """``make bench`` has somewhere to write to."""
     text = (ROOT / "docs/benchmarks.md").read_text()

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from bench.bench import PREFIX
+from bench.burst import BurstWatch
+from bench.burst import off_place as off_places
 from bench.contenders import ALL as ALL_CONTENDERS
 from bench.contenders import HOOK_FILE, Contender, cputune, remove_hook
 from bench.guests import LateWatch, Place, StartWatch, first_time, off_place
@@ -151,6 +153,19 @@ def test_a_late_thread_is_on_its_place_or_never(lab: Lab, place: frozenset[int],
         watch.finish(20)
 
     assert (watch.took_ms is not None) == placed
+
+
+def test_a_burst_is_watched_thread_by_thread(lab: Lab) -> None:
+    """Iothreads that may be anywhere are right at once, the vCPU where it is pinned; what is off its place counts."""
+    place = Place(ONE, ALL)
+    with BurstWatch(f"{PREFIX}-burst", place, ZERO) as watch:
+        pinned = lab.start("burst-a", iothreads=1, cputune="<vcpupin vcpu='0' cpuset='1'/>")
+        free = lab.start("burst-b", iothreads=1)
+        wait_for(lambda: len(watch.took_ms()) == 3, "all but one are on their place")
+    assert watch.error is None
+
+    assert max(watch.took_ms()) < 1000
+    assert (off_places(pinned, place), off_places(free, place)) == (0, 1)
 
 
 @pytest.mark.timeout(180)
