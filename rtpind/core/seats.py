@@ -88,10 +88,17 @@ class Seats:
             for slot in amiss:  # its siblings may have become as they should be where it is
                 if self._usable(item, slot, strict=True, beside=NOBODY) & CpuSet([had[slot][0]]):
                     self._give(item, slot, had[slot][0], strict=True)
-            kept = self._places(item)
             if self._try(item) or self.crowding(item) or self._away(item):
                 self._take_back(item)
-                self._give_all(item, {**had, **kept})
+                self._give_all(item, had)
+                self._mark(item)
+
+    def _mark(self, item: Item) -> None:
+        """Keep for crowded places the siblings that are, where they are, as their pool wants them."""
+        for slot, (cpu, strict) in self._places(item).items():
+            siblings = self._siblings(slot)
+            if not strict and self._claims.alone(CpuSet([cpu]), item.guest.uuid, siblings, beside=NOBODY):
+                self._give(item, slot, cpu, strict=True)
 
     def _try(self, item: Item) -> str:
         """Give a guest all that it lacks, its siblings as the pools want them, or nothing. Return why not."""
@@ -116,6 +123,7 @@ class Seats:
                 short = self._fill(item, strict=False) and self._squeeze(item)
         if short and not kept:
             self._take_back(item)
+        self.improve([item])
         return "" if kept else short
 
     def _squeeze(self, item: Item) -> str:
@@ -124,15 +132,10 @@ class Seats:
         As they do where all its threads are there from the first: who came last makes no difference.
         """
         had = self._places(item)
-        idle = [slot for slot, (_, strict) in had.items() if strict and self._siblings(slot) is Siblings.IDLE]
         self._take_back(item)
-        self._give_all(item, {slot: (cpu, strict and slot not in idle) for slot, (cpu, strict) in had.items()})
-        short = self._fill(item, strict=False)
-        for slot in idle:  # unless it is used now
-            cpu = had[slot][0]
-            if self._claims.alone(CpuSet([cpu]), item.guest.uuid, Siblings.IDLE, beside=NOBODY):
-                self._give(item, slot, cpu, strict=True)
-        return short
+        for slot, (cpu, strict) in had.items():
+            self._give(item, slot, cpu, strict=strict and self._siblings(slot) is not Siblings.IDLE)
+        return self._fill(item, strict=False)
 
     def _siblings(self, slot: Slot) -> Siblings:
         return self._inputs.choice(slot)[1].siblings

@@ -143,6 +143,9 @@ def explore(name: str, policy: Policy, on: Host, sizes: tuple[int, ...]) -> tupl
                 seen.add((key, frozenset(places.items())))
                 if {id_: (w.cpus, w.priority) for id_, w in again.wanted().items() if id_ in places} != places:
                     wrong.append(f"{name} {sizes}: not at rest; {[each.name for each in then.guests]}")
+                said, more = ([(each.state, each.reason) for each in found.guests] for found in (decision, again))
+                if said != more:
+                    wrong.append(f"{name} {sizes}: says {more} and not {said}")
                 touched = [thread for each in then.guests for thread in each.threads if thread.id in places]
                 alive = {thread.id for each in after.guests for thread in each.threads}
                 kept = Ledger({id_: old for id_, old in ledger.originals.items() if id_ in alive}).recording(touched)

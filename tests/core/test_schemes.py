@@ -494,7 +494,30 @@ def test_who_comes_late_may_use_what_is_idle_for_its_own_guest(vcpus, places, wh
     assert vcpus_of(late) == places
     for step in (Memory(places=late.wanted()), Memory()):  # again, and for a daemon that was started anew
         seen = applied(snapshot(guest(vcpus=vcpus), host=on), late)
-        assert vcpus_of(place(by, seen, step, Ledger())) == places
+        again = place(by, seen, step, Ledger())
+        assert (state(again), vcpus_of(again)) == (state(late), places)
+
+
+def test_who_comes_late_to_a_fixed_pcpu_costs_nobody_a_step():
+    """Where a place elsewhere leaves all their siblings idle, that is taken at once, and not in a second step."""
+    on = host(online="0-9", isolated="1-4,6-9", topology=Topology.built(1, 5, 2))  # siblings n and n+5
+    by = policy(
+        "c: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}}",
+        pools="realtime: {cpus: isolated, siblings: idle}",
+        rules='{name: "*", class: c, pcpus: "6"}',
+        on=on,
+    )
+    whole = guest(vcpus=3)
+    first = replace(whole, threads=tuple(one for one in whole.threads if one.label != "vcpu 0"))
+    before = applied(snapshot(first, host=on), decide(by, first, on=on)).guests[0]
+    now = {one.id: one for one in before.threads}
+    late = replace(whole, threads=tuple(now.get(one.id, one) for one in whole.threads))
+
+    found = decide(by, late, on=on, memory=Memory(places=decide(by, first, on=on).wanted()))
+
+    assert (state(found), vcpus_of(found)) == ((State.PLACED, ""), ["6", "3", "2"])
+    again = place(by, applied(snapshot(late, host=on), found), Memory(places=found.wanted()), Ledger())
+    assert again.wanted() == found.wanted()
 
 
 def test_where_no_idle_sibling_helps_no_step_is_lost():
