@@ -19,7 +19,7 @@ from rtpind.host.control import UnreachableError, ask
 def document(config: Path | None, state_dir: Path) -> dict[str, Any]:
     """Return the status document: the daemon's or, without one or with another policy file, from a look of our own.
 
-    So it is, too, while the daemon waits for libvirt and knows of no guest.
+    So it is, by the daemon's policy, while the daemon waits for libvirt and knows of no guest.
     """
     daemon: dict[str, Any] | None = None
     if config is None:
@@ -28,11 +28,13 @@ def document(config: Path | None, state_dir: Path) -> dict[str, Any]:
             if isinstance(answer.get("ok"), dict):
                 return dict(answer["ok"])
             daemon = answer.get("daemon")
+            if daemon is None:
+                show.error(f"the daemon does not tell ({answer.get('error')}); this is a look of rtpinctl's own")
         except UnreachableError:
             pass
     from rtpind.ctl.look import look  # with all of the daemon
 
-    looked = look(config, state_dir)
+    looked = look(Path(daemon["policy"]) if daemon else config, state_dir)
     snapshot = (
         looked.view.snapshot
         if looked.view

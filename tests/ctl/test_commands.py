@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from documents import POLICY, validate
@@ -12,6 +15,7 @@ from trees import until
 
 from rtpind import __version__
 from rtpind.core.ledger import EVERYONE, HandsOff
+from rtpind.ctl import main as ctl_main
 from rtpind.ctl.look import URI, running
 from rtpind.daemon.observe import Observer
 from rtpind.host.hypervisor import list_once
@@ -53,15 +57,27 @@ def test_status_needs_neither_daemon_nor_policy(run_json, run, tmp_path):
     assert "not running" in out.splitlines()[1]
 
 
-def test_status_tells_of_a_daemon_that_waits_for_libvirt(run_json, run, daemon):
-    """It runs, and knows of no guest yet: the look is our own."""
-    about = {"pid": 7, "mode": "enforce", "policy": "/x", "libvirt": "away", "passes": 0, "faults": 0}
+def test_a_daemon_that_waits_for_libvirt_is_told_of(run_json, run, daemon, policy):
+    """It runs, and knows of no guest yet: the look is our own, by its policy."""
+    about = {"pid": 7, "mode": "enforce", "policy": str(policy), "libvirt": "away", "passes": 0, "faults": 0}
     daemon({"error": "libvirt has not answered yet", "daemon": about})
 
-    code, document, _ = run_json("status", "status")
+    code, document, err = run_json("status", "status")
 
-    assert (code, document["daemon"], document["host"]["kernel"]) == (0, about, os.uname().release)
+    assert (code, document["daemon"], document["policy"], err) == (0, about, True, "")
+    assert document["host"]["kernel"] == os.uname().release
     assert "enforce, pid 7, libvirt away" in run("status")[1].splitlines()[1]
+    assert run("verify")[0] == 0  # by the same policy, which has no guest here
+
+
+def test_a_daemon_that_does_not_tell_is_said_to_be_there(run_json, daemon):
+    """A busy one, or one with a fault: the look is our own, and that is said."""
+    daemon({"error": "the daemon is busy"})
+
+    code, document, err = run_json("status", "status")
+
+    assert (code, document["daemon"]) == (0, None)
+    assert err == "rtpinctl: the daemon does not tell (the daemon is busy); this is a look of rtpinctl's own\n"
 
 
 def test_status_by_a_policy_judges(run_json, policy):
@@ -410,3 +426,14 @@ def test_a_process_of_its_own_has_the_exit_codes(command, bad, policy):
     ]
 
     assert [command(line)[0] for line in lines] == [0, 1, 2, 78, 78]
+
+
+def test_what_is_loaded_when_it_is_called_is_there():
+    """The names of functions in main, which nothing else checks."""
+    names = re.findall(r'"([a-z]+\.[a-z_]+)"', Path(ctl_main.__file__).read_text())
+
+    assert len(names) == 14
+    assert all(
+        callable(getattr(import_module(f"rtpind.ctl.{name.partition('.')[0]}"), name.partition(".")[2]))
+        for name in names
+    )
