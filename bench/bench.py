@@ -89,7 +89,7 @@ class Bench:
         ``process``: only those of whom something runs all the time, and nothing.
         """
         able = [one for one in self.contenders if not process or one.process or one.name == "nothing"]
-        for number in range(count):
+        for number in range(count if able else 0):
             shift = number % len(able)
             for contender in able[shift:] + able[:shift]:
                 table.load.append(load_average())

@@ -21,7 +21,7 @@ import libvirt
 
 from bench import burst, drift, jitter, late, report, starts, steady
 from bench.bench import PREFIX, Bench
-from bench.contenders import ALL, Contender, remove_hook
+from bench.contenders import ALL, remove_hook
 from bench.results import Table
 from demo.guests import kvm_works
 from demo.run import clean
@@ -66,11 +66,16 @@ def main() -> int:
         "--only", choices=EXPERIMENTS, action="append", help="this experiment; the page keeps the others"
     )
     parser.add_argument(
-        "--contender", choices=[one.name for one in ALL], action="append", help="this one only (for a page of your own)"
+        "--contender", choices=[one.name for one in ALL], action="append", help="this one only; needs --page"
     )
     parser.add_argument("--page", type=Path, default=_PAGE, help="where to write the tables")
     parser.add_argument("--note", default="", help="what else the machine did meanwhile, for the page")
     options = parser.parse_args()
+    able = tuple(one for one in ALL if not one.lacks() and (not options.contender or one.name in options.contender))
+    if not able:
+        parser.error(f"{', '.join(options.contender)} cannot take part here")
+    if options.contender and options.page == _PAGE:
+        parser.error("--contender needs a --page of its own")
     reason = refusal(PREFIX)
     if reason:
         print(f"bench: {reason}", file=sys.stderr)
@@ -79,7 +84,7 @@ def main() -> int:
     runtime = RT_RUNTIME.read_text()
     interrupts = Interrupts()
     stage = Stage(contextlib.ExitStack(), interrupts, PREFIX)
-    bench = Bench(stage, "kvm" if kvm_works() else "qemu", _able(options.contender))
+    bench = Bench(stage, "kvm" if kvm_works() else "qemu", able)
     tables: list[Table] = []
     failure, number = "", 0
     try:
@@ -103,11 +108,6 @@ def main() -> int:
         print(f"bench: {failure or 'stopped by a signal'}", file=sys.stderr)
         return 128 + number if number else 1
     return 0
-
-
-def _able(wanted: Sequence[str] | None) -> tuple[Contender, ...]:
-    """Return those who take part."""
-    return tuple(one for one in ALL if not one.lacks() and (wanted is None or one.name in wanted))
 
 
 def _keep(tables: Sequence[Table], page: Path, bench: Bench, remark: str) -> None:

@@ -15,6 +15,7 @@ from bench.contenders import ALL, Contender
 from bench.guests import cpu_time_ns, first_time, resident_mib, switches
 from bench.results import Column, Table
 from demo.guests import wait_for
+from rtpind.core.identify import SETTLE_S
 
 #: Longer than rtpind's looks after a guest's start.
 _SETTLE_S = 7.0
@@ -38,6 +39,7 @@ length, with strace, its `sched_set*` calls. <cputune> and the hook script have 
     with contextlib.ExitStack() as ends:
         nothing = ALL[0]
         running = [ends.enter_context(bench.guest(nothing, place)) for _ in range(guests)]
+        time.sleep(SETTLE_S)  # then none of them is young any more
         tids = [vcpu.tid for guest in running for vcpu in guest.vcpus()]
 
         def turn(contender: Contender) -> None:

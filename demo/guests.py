@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 import uuid as uuids
 from collections.abc import Callable, Iterator
@@ -244,8 +245,10 @@ class Lab:
         """Return a file that QEMU may read."""
         path = self._dir / name
         if not path.exists():
-            path.write_bytes(data)
-            path.chmod(0o644)
+            fresh = path.with_suffix(f".{threading.get_ident()}")  # guests may be started by several threads
+            fresh.write_bytes(data)
+            fresh.chmod(0o644)
+            fresh.rename(path)
         return path
 
     def reconnect(self) -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._held = 0
+        self._counting = threading.Lock()  # guests may be started by several threads
         self._pending = 0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._arrived)
@@ -62,11 +64,13 @@ class Interrupts:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Delay them until the block is left."""
-        self._held += 1
+        with self._counting:
+            self._held += 1
         try:
             yield
         finally:
-            self._held -= 1
+            with self._counting:
+                self._held -= 1
         if self._pending and not self._held:
             raise Interrupted(self._pending)
 
