@@ -96,7 +96,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @contextlib.contextmanager
 def booted(shape: Shape, config: pytest.Config) -> Iterator[LabHost]:
-    """Boot a lab host and install rtpind; its console is left in build/lab when that, or a scenario, fails."""
+    """Boot a lab host and install rtpind; its console is left in build/lab when that fails."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it is shut down then, too
     made = LabHost(shape)
     _say(config, f"booting {shape.name} ...")
@@ -125,10 +125,10 @@ def turn() -> int:
     return 0
 
 
-@pytest.fixture
-def scene(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    """The scenario's host, with no guest and no rtpind running."""
-    directory = RESULTS / re.sub(r"[^\w.-]+", "_", request.node.name)
+@contextlib.contextmanager
+def staged(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """Give a scenario its host, with no guest and no rtpind running; a failure leaves a dump in build/lab."""
+    directory = RESULTS / re.sub(r"[^\w.-]+", "_", request.node.name) / host.shape.name
     shutil.rmtree(directory, ignore_errors=True)
     made = Scene(host)
     made.clear()
@@ -139,6 +139,13 @@ def scene(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
         (directory / "failure.txt").write_text(failure)
     if host.running():
         made.clear()
+
+
+@pytest.fixture
+def scene(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """The scenario's host."""
+    with staged(host, request) as made:
+        yield made
 
 
 def _say(config: pytest.Config, text: str) -> None:

@@ -130,7 +130,8 @@ class LabHost:
         if shape.peer:
             ends = "local.type=unix,local.path={0}/cable.sock,remote.type=unix,remote.path={0}/peer.sock"
             command += ["-netdev", f"dgram,id=cable,{ends.format(directory)}"]
-            command += ["-device", "virtio-net-pci,netdev=cable,romfile="]
+            number = sorted((shape.name, shape.peer)).index(shape.name) + 1
+            command += ["-device", f"virtio-net-pci,netdev=cable,romfile=,mac=52:54:00:00:00:{number:02x}"]
         command += ["-device", "virtio-rng-pci", "-serial", f"file:{directory}/console.log"]
         return command
 
@@ -223,7 +224,8 @@ class LabHost:
                 " && busybox ip link set eth0 up"
                 f' && printf \'host_uuid = "{uuid4()}"\\nauth_tcp = "none"\\n\' >>/etc/libvirt/libvirtd.conf'
                 f" && printf '10.0.0.1 {self.shape.name}\\n10.0.0.2 {peer.shape.name}\\n' >>/etc/hosts"
-                " && systemctl stop libvirtd && systemctl start libvirtd-tcp.socket && systemctl start libvirtd"
+                " && systemctl stop libvirtd.service libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket"
+                " && systemctl start libvirtd-tcp.socket && systemctl start libvirtd"
             )
 
     def reboot(self) -> None:

@@ -11,7 +11,6 @@ pytestmark = pytest.mark.lab("bookworm-rt")
 
 
 @pytest.mark.smoke
-@pytest.mark.lab("bookworm-rt", "trixie-rt")
 def test_observe_then_plan_then_enforce(scene: Scene) -> None:
     """As shipped nothing is touched; plan says what would be; after a reload that is how it is."""
     shipped = scene.read_shipped_policy()
