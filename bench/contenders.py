@@ -202,7 +202,7 @@ ALL = (
     Contender("poller", "a program that pins every thread of every guest once a second", _rival("poller")),
     Contender("TuneD", "its scheduler plugin, with a rule for QEMU's command line; it cannot tell threads apart",
               _tuned, _lacks_tuned),
-    Contender("rtpind", "this tree, with the period it ships with (10 s)", _rtpind),
+    Contender("rtpind", "this tree, with the period and the niceness it ships with (10 s, -10)", _rtpind),
 )  # fmt: skip
 
 

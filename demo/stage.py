@@ -35,6 +35,7 @@ DIE_WITH_ME = ("setpriv", "--pdeathsig", "KILL")
 _LOCK = Path("/run/rtpind/lock")
 _PROGRAMS = ("virsh", "qemu-system-x86_64", "setpriv", "taskset", "pgrep")
 _BIN = Path(sys.executable).parent
+_UNIT = Path(__file__).resolve().parent.parent / "systemd/rtpind.service"
 
 
 class Interrupted(BaseException):
@@ -145,9 +146,10 @@ class Stage:
         return process
 
     def start_daemon(self) -> subprocess.Popen[bytes]:
-        """Start rtpind on :attr:`policy`; its records go to a file."""
+        """Start rtpind on :attr:`policy`, as nice as its unit has it; its records go to a file."""
+        (nice,) = re.findall(r"^Nice=(.*)$", _UNIT.read_text(), re.MULTILINE)
         words = ("--config", str(self.policy), "--state-dir", str(self.state), "--stderr")
-        daemon = self.spawn(str(_BIN / "rtpind"), *words, log=self.log)
+        daemon = self.spawn("nice", "-n", nice, str(_BIN / "rtpind"), *words, log=self.log)
         wait_for(lambda: "connected to libvirt" in self.log.read_text() or daemon.poll() is not None, "rtpind is up")
         if daemon.poll() is not None:
             raise RuntimeError(f"rtpind ended with {daemon.returncode}: {self.log.read_text().strip()}")
