@@ -110,6 +110,14 @@ class Memory:
     decided: Mapping[Process, GuestDecision] = field(default_factory=dict)  # by the last pass: ``places`` is of these
     calm: frozenset[Process] = frozenset()  # of those: a pass that decides the same teaches nothing new of them
 
+    def after_hotplug(self) -> Memory:
+        """Return what is left of it when pCPUs have come or gone: the kernel sets the affinity of many threads then.
+
+        In a cpuset that is all of them, to the whole set, whatever they had (seen with cgroup v2 on 6.1). So nobody has
+        drifted, and what is put right is no part of a fight.
+        """
+        return replace(self, verified=frozenset(), repairs={}, calm=frozenset())
+
     def fighting(self, thread: ThreadId, now: float) -> bool:
         """Return whether the thread is paused because of a fight."""
         fight = self.fights.get(thread)

@@ -84,8 +84,9 @@ class Reconciler:
         assert policy is not None
         while True:
             snapshot = self.observer.look(self.domains, self.memory, only)
-            decision = place(policy, snapshot, self.memory, self.ledger, time.time(), self._decided)
-            plan = planning.make(decision, snapshot, self.memory)
+            memory = self._remembered(snapshot)
+            decision = place(policy, snapshot, memory, self.ledger, time.time(), self._decided)
+            plan = planning.make(decision, snapshot, memory)
             acted = {step.thread.guest for step in plan.steps}
             if only is None or acted <= set(only):
                 return View(snapshot=snapshot, decision=decision, plan=plan)
@@ -95,6 +96,7 @@ class Reconciler:
         """Do one pass over all guests, or ``only`` some; returns what was found and planned."""
         assert self.policy is not None
         view = self.view(only)
+        self.memory = self._remembered(view.snapshot)
         if self._seen is not None:
             for record in hotplug(self._seen, view.snapshot.host):
                 self.emit(record)
@@ -108,6 +110,11 @@ class Reconciler:
         if only is None:
             self._prune(view.snapshot)
         return view
+
+    def _remembered(self, snapshot: Snapshot) -> Memory:
+        """Return the memory by which a look is judged."""
+        same = self._seen is None or self._seen.host.online == snapshot.host.online
+        return self.memory if same else self.memory.after_hotplug()
 
     def _act(self, view: View, readings: list[Reading]) -> list[Outcome]:
         """Carry out the plan, as far as it is to be; add CPU times of vCPUs whose start is not over, read after it."""

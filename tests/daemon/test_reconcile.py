@@ -694,6 +694,23 @@ def test_a_pcpu_that_goes_offline_is_said_with_who_was_on_it(daemon: Daemon) -> 
     assert [(record.message, record.level) for record in said] == [("pCPU 1,3 came online", Level.NOTICE)]
 
 
+@pytest.mark.parametrize("drift", list(Drift))
+def test_what_the_kernel_does_when_pcpus_come_and_go_is_no_drift(file: LedgerFile, drift: Drift) -> None:
+    """It sets all masks to what is online: put right whatever the policy says of drift, and never called a fight."""
+    daemon = Daemon(World(host(), [guest()]), file, with_policy(drift=drift))
+    daemon.settle()
+    for online in ("0-6", "0-7", "0-6", "0-7", "0-6"):
+        daemon.world.host = host(online=online, possible="0-7")
+        for tid in (PID, VCPU, SIBLING):
+            daemon.world.put(tid, cpus=cpus(online))
+        daemon.run()
+        daemon.settle()
+
+        assert daemon.world.where()[VCPU] == PLACED[VCPU]
+
+    assert daemon.said(Kind.FIGHT) + daemon.said(Kind.DRIFT) == []
+
+
 def test_a_pcpu_that_was_offline_before_is_no_news(daemon: Daemon) -> None:
     """What the daemon finds at its start is no change."""
     daemon.world.host = host(online="0,2-7", possible="0-7")
