@@ -114,8 +114,12 @@ class _Placing:
         seats.improve(items)
         # A thread that libvirt has not moved yet has only its name to show: what it needs comes last (promise 5).
         short: dict[str, str] = {}
-        for item in sorted(items, key=lambda item: not all(thread.settled for thread in item.guest.threads)):
+        by_need = sorted(items, key=lambda item: not all(thread.settled for thread in item.guest.threads))
+        for item in by_need:
             short[item.guest.uuid] = seats.fit(item)
+        for item in by_need:  # what there is no room for, is asked and said when everybody has what they get
+            if short[item.guest.uuid]:
+                short[item.guest.uuid] = seats.fit(item)
         for item in items:
             done[item.guest.uuid] = self.settle(item, seats, short[item.guest.uuid])
         return done
