@@ -123,7 +123,8 @@ class Seats:
                 short = self._fill(item, strict=False) and self._squeeze(item)
         if short and not kept:
             self._take_back(item)
-        self.improve([item])
+        elif self._crowded:
+            self.improve([item])
         return "" if kept else short
 
     def _squeeze(self, item: Item) -> str:
