@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rtpind.core.decision import Decision, GuestDecision
 
 #: A start is over when every vCPU is found on its place so long after it may have begun to run: the guest is resumed
-#: 8 to 25 ms after libvirt moved its vCPUs (measured), and libvirt sets an affinity of its own in between …
+#: 4 to 25 ms after libvirt moved its vCPUs (measured), and libvirt sets an affinity of its own in between …
 WATCHED_S = 1.0
 #: … and after this in any case: a cpuset may fence a vCPU, FIFO be refused, or rtpind only observe.
 GIVEN_UP_S = 5.0

@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 from rtpind.core.audit import Kind, Level
 from rtpind.core.ledger import Process
 from rtpind.core.model import Guest
+from rtpind.core.plan import LOOK_APART_S
 from rtpind.core.policy import Policy
 from rtpind.daemon.definitions import Definitions
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
 from rtpind.host.details import Described
 from rtpind.host.hypervisor import METADATA, STOPPED, Changed, Domain, Hypervisor, Listed, Lost
-from rtpind.host.inotify import Appeared, Inotify, Regrouped, Saved
+from rtpind.host.inotify import Appeared, Inotify, Moved, Regrouped, Saved
 from rtpind.host.listener import Overran, Unheard
 from rtpind.host.pidfile import pid_of
 from rtpind.host.procevents import ProcEvents, Stirred
@@ -28,15 +29,17 @@ from rtpind.host.udev import CpuEvents, CpusChanged
 
 #: Looks after an event: threads that begin late (nx-recovery at the first KVM_RUN, vhost, workers).
 _FOLLOW_UPS_S = (0.0, 0.05, 0.25, 1.0, 5.0)
-#: The second look before FIFO, and the interval while libvirt has not begun to move threads of a guest that starts.
-_AGAIN_S = 0.003
+#: The interval while libvirt has not begun to move threads of a guest that starts.
 _STARTING_S = 0.02
 _WATCHED_S = 0.2  # where the kernel tells when it has
-#: From the making of a vCPU's cgroup on, libvirt moves the thread and then sets its affinity, at a time that only it
-#: knows. Looks in between are 2 ms apart at first, and at most so late as to miss one part in eight of the time.
+#: libvirt makes a vCPU's cgroup, moves the thread, which the kernel tells, and then sets its affinity, which nobody
+#: tells: some 0.1 ms later (measured), or when it has CPU time again. So the first look comes a little later than the
+#: move, the next ones at intervals of a millisecond, and then at most so late as to miss one part in eight of the time.
 _WINDOW_S = 1.0
-_CLOSE_S = 0.002
+_RESET_S = 0.0003
+_CLOSE_S = 0.001
 _SPARING = 8
+_UNMOVED_S = 0.01  # before the move, should the kernel not tell of it
 #: Looks because of new threads come at once after a calm, and ever more seldom at a guest that never stops.
 _STIR_S, _STIR_MAX_S = 0.003, 0.2
 _OVERRUN_S = 1.0
@@ -58,7 +61,18 @@ _WITHOUT = {
 }
 
 Event: TypeAlias = (
-    Listed | Changed | Lost | Described | CpusChanged | Appeared | Saved | Regrouped | Stirred | Overran | Unheard
+    Listed
+    | Changed
+    | Lost
+    | Described
+    | CpusChanged
+    | Appeared
+    | Saved
+    | Regrouped
+    | Moved
+    | Stirred
+    | Overran
+    | Unheard
 )
 Say: TypeAlias = Callable[..., None]
 
@@ -92,7 +106,7 @@ class Events:
         self._threads = ProcEvents(inbox.post)
         self._watched: dict[str, Process] = {}  # guests whose cgroup is watched
         self._pids: dict[int, str] = {}  # pid → UUID
-        self._moving: dict[str, float] = {}  # guests that libvirt moves threads of, since when
+        self._moving: dict[str, tuple[float, float]] = {}  # guests that libvirt moves threads of: since when, interval
         self._overrun = float("-inf")  # when events were last lost
         self._stirred: dict[str, tuple[float, float]] = {}  # when a guest is looked at for new threads, and after what
 
@@ -135,7 +149,7 @@ class Events:
             case _:
                 self._heard(event)
 
-    def _heard(self, event: Appeared | Saved | Regrouped | Stirred | CpusChanged | Overran) -> None:
+    def _heard(self, event: Appeared | Saved | Regrouped | Moved | Stirred | CpusChanged | Overran) -> None:
         """Take what the kernel tells."""
         match event:
             case Appeared(uuid, name):
@@ -144,8 +158,11 @@ class Events:
                 for uuid in [uuid for uuid, known in self._reconciler.domains.items() if known == name]:
                     self._inbox.look_in(0, uuid)
             case Regrouped(uuid):
-                self._moving[uuid] = self._clock()
-                self._inbox.look_in(_CLOSE_S, uuid)
+                self._moving[uuid] = (self._clock(), _UNMOVED_S)
+                self._inbox.look_in(0, uuid)  # it may have moved already
+            case Moved(uuid):
+                self._moving[uuid] = (self._clock(), _CLOSE_S)
+                self._inbox.look_in(_RESET_S, uuid)
             case Stirred(pid, kernel):
                 self._stir(pid, kernel)
             case CpusChanged():
@@ -160,16 +177,17 @@ class Events:
         for found in decided:
             guest = found.guest
             self._watch(guest)
-            since = self._moving.get(guest.uuid)
-            if since is not None and now - since < _WINDOW_S:
-                self._inbox.look_in(max(_CLOSE_S, (now - since) / _SPARING), guest.uuid)
+            since, interval = self._moving.get(guest.uuid, (float("-inf"), 0.0))
+            if now - since < _WINDOW_S:
+                self._inbox.look_in(max(interval, (now - since) / _SPARING), guest.uuid)
             if guest.uuid not in view.plan.again:
                 continue
             if guest.doubtful or found.unsettled:
                 self._inbox.look_in(_WATCHED_S if guest.uuid in self._watched else _STARTING_S, guest.uuid)
             # In place, and only the second look is missing. A guest that is not in place waits for the period.
-            if self._reconciler.enforcing and guest.process in self._reconciler.memory.right_since:
-                self._inbox.look_in(_AGAIN_S, guest.uuid)
+            right = self._reconciler.memory.right_since.get(guest.process)
+            if self._reconciler.enforcing and right is not None:
+                self._inbox.look_in(max(right + LOOK_APART_S - self._clock(), 0), guest.uuid)
         if only is None:
             self._forget(view)
         self._threads.watch(self._pids)
@@ -188,10 +206,10 @@ class Events:
 
     def _forget(self, view: View) -> None:
         """Drop what is kept of guests that have gone, and windows that are over."""
-        running = {guest.uuid: guest for guest in view.snapshot.guests}
+        running, now = {guest.uuid: guest for guest in view.snapshot.guests}, self._clock()
         self._watched = {uuid: process for uuid, process in self._watched.items() if uuid in running}
         self._pids = {guest.pid: uuid for uuid, guest in running.items()}
-        self._moving = {uuid: since for uuid, since in self._moving.items() if self._clock() - since < _WINDOW_S}
+        self._moving = {uuid: entry for uuid, entry in self._moving.items() if now - entry[0] < _WINDOW_S}
         self._stirred = {uuid: entry for uuid, entry in self._stirred.items() if uuid in running}
         self._definitions.drop_others(running)
 

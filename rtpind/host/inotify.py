@@ -2,8 +2,9 @@
 """inotify(7) on what libvirt writes for its guests: their pid files and status, and the cgroups of their threads.
 
 A pid file tells that a guest is being started long before libvirt does, which says nothing until the guest runs. The
-directory ``vcpu0`` in its cgroup tells that libvirt is about to move that vCPU there, and to set its affinity: 8 to 25
-ms before the guest's first instruction. Works without privileges and for both versions of cgroups.
+directory ``vcpu0`` in its cgroup tells that libvirt is about to move that vCPU there, and a write into that directory's
+``tasks`` or ``cgroup.threads`` that it has, and sets the affinity next: some 6 to 25 ms before the guest's first
+instruction. Works without privileges and for both versions of cgroups.
 
 Three calls by ctypes: the libraries for this that Debian 12 has (pyinotify, inotify, watchdog) are unmaintained, or
 bring threads and queues of their own.
@@ -58,6 +59,13 @@ class Regrouped:
     uuid: str
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """libvirt has written into the new cgroup of a thread: moved it there, most of all; it sets its affinity next."""
+
+    uuid: str
+
+
 class Inotify(Listener):
     """Listens until it is stopped, below ``run_dir`` and where :meth:`watch` was last told."""
 
@@ -65,7 +73,7 @@ class Inotify(Listener):
 
     def __init__(
         self,
-        post: Callable[[Appeared | Saved | Regrouped | Overran | Unheard], None],
+        post: Callable[[Appeared | Saved | Regrouped | Moved | Overran | Unheard], None],
         proc: Proc,
         run_dir: Path = pidfile.RUN_DIR,
     ) -> None:
@@ -75,7 +83,8 @@ class Inotify(Listener):
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._fd = -1
         self._saved = -1  # the watch on run_dir
-        self._guests: dict[int, str] = {}  # watch → UUID
+        self._guests: dict[int, tuple[str, str]] = {}  # watch → UUID, directory
+        self._threads: dict[int, str] = {}  # the same for cgroups of a guest's threads → UUID
         self._arriving: dict[str, float] = {}  # name → until when its arguments are looked for
         self._full = False
 
@@ -96,19 +105,25 @@ class Inotify(Listener):
     def watch(self, uuid: str, directory: str) -> bool:
         """Watch a guest's cgroup, from any thread, until it is removed; return whether it is watched from now on.
 
-        What happened in it before is not told: look at the guest again.
+        What happened in it before is not told: look at the guest again. Nor are threads in cgroups that were there
+        before: what libvirt does to those it tells itself.
         """
+        found = self._try(directory, _CREATE | _DELETE)
+        if found >= 0:
+            self._guests[found] = (uuid, directory)
+        return found >= 0
+
+    def _try(self, directory: str, mask: int) -> int:
+        """Watch a cgroup that may have gone; return -1 when it is not watched. Says once that there is no room."""
         if self._fd < 0:
-            return False
+            return -1
         try:
-            found = self._add(directory, _CREATE | _DELETE)
+            return self._add(directory, mask)
         except OSError as error:
             if error.errno == errno.ENOSPC and not self._full:
                 self._full = True
                 self.post(Unheard(self.name, str(error)))
-            return False
-        self._guests[found] = uuid
-        return True
+            return -1
 
     def _add(self, directory: str, mask: int) -> int:
         found = int(self._libc.inotify_add_watch(self._fd, os.fsencode(directory), mask | _ONLYDIR))
@@ -128,14 +143,14 @@ class Inotify(Listener):
                 self.post(Overran())
             elif mask & _IGNORED:
                 self._guests.pop(watch, None)
+                self._threads.pop(watch, None)
                 self._saved = -1 if watch == self._saved else self._saved
-            elif watch != self._saved:
-                if watch in self._guests:
-                    self.post(Regrouped(self._guests[watch]))
-            elif name.endswith(".pid"):
-                self._arriving[name.removesuffix(".pid")] = time.monotonic() + _PATIENCE_S
-            elif name.endswith(".xml"):
-                self.post(Saved(name.removesuffix(".xml")))
+            elif watch in self._threads:
+                self.post(Moved(self._threads[watch]))
+            elif watch in self._guests:
+                self._regrouped(*self._guests[watch], name if mask & _CREATE else "")
+            elif watch == self._saved:
+                self._wrote(name)
         if self._saved < 0:
             self._watch_run_dir()
         for name, until in tuple(self._arriving.items()):
@@ -147,6 +162,20 @@ class Inotify(Listener):
                 continue
             del self._arriving[name]
         return _ARRIVAL_S if self._arriving else _ABSENT_S if self._saved < 0 else None
+
+    def _wrote(self, name: str) -> None:
+        """Take what libvirt has written into its run directory."""
+        if name.endswith(".pid"):
+            self._arriving[name.removesuffix(".pid")] = time.monotonic() + _PATIENCE_S
+        elif name.endswith(".xml"):
+            self.post(Saved(name.removesuffix(".xml")))
+
+    def _regrouped(self, uuid: str, directory: str, made: str) -> None:
+        """Tell of a cgroup that came or went. One that came is watched first: what is in it by then is for a look."""
+        watch = self._try(f"{directory}/{made}", _MODIFY) if made else -1
+        if watch >= 0:
+            self._threads[watch] = uuid
+        self.post(Regrouped(uuid))
 
     def _events(self) -> Iterator[tuple[int, int, str]]:
         """Yield (watch, mask, name) of all events that are there."""

@@ -16,7 +16,7 @@ from simulated import World
 
 from rtpind.daemon.inbox import Inbox
 from rtpind.host.hypervisor import Listed
-from rtpind.host.inotify import Appeared, Regrouped, Saved
+from rtpind.host.inotify import Appeared, Moved, Regrouped, Saved
 from rtpind.host.listener import Overran, Unheard
 from rtpind.host.procevents import Stirred
 
@@ -130,23 +130,36 @@ def test_a_status_that_is_written_has_its_guest_looked_at(loop: Timed) -> None:
     assert loop.after(Saved("other")) == []
 
 
-def test_while_libvirt_moves_threads_looks_are_close(loop: Timed) -> None:
-    """2 ms apart at first, then ever farther, and over after a second: no more than fifty looks."""
-    looks = loop.after(Regrouped(UUID))
+@pytest.mark.parametrize(("event", "first", "apart", "most"), [(Regrouped, 0, 10, 40), (Moved, 0.3, 1, 60)])
+def test_while_libvirt_moves_threads_looks_are_close(
+    loop: Timed, event: Any, first: float, apart: float, most: int
+) -> None:
+    """From the making of a cgroup on, and closer from the move on; then ever farther, and over after a second."""
+    looks = loop.after(event(UUID))
     gaps = [after - before for before, after in pairwise(looks)]
 
-    assert looks[0] == 2
-    assert all(gap <= max(2.1, 0.15 * before) for before, gap in zip(looks, gaps, strict=False))
+    assert looks[:2] == [first, first + apart]
+    assert all(gap <= max(apart + 0.1, 0.15 * before) for before, gap in zip(looks, gaps, strict=False))
     assert 900 < looks[-1] < 1200
-    assert len(looks) < 50
+    assert len(looks) < most
 
 
-def test_each_cgroup_begins_the_window_anew(loop: Timed) -> None:
+@pytest.mark.parametrize(("event", "looks"), [(Regrouped, [0, 10]), (Moved, [0.3, 1.3, 2.3])])
+def test_each_thread_begins_the_window_anew(loop: Timed, event: Any, looks: list[float]) -> None:
     """As libvirt takes the vCPUs one by one."""
-    loop.after(Regrouped(UUID), 0.5)
-    looks = loop.after(Regrouped(UUID), 0.02)
+    loop.after(Moved(UUID), 0.5)
+    found = loop.after(event(UUID), 0.02)
 
-    assert looks[:4] == [2, 4, 6, 8]
+    assert set(looks) <= set(found)
+
+
+def test_writes_that_come_together_are_two_looks_at_most(loop: Timed) -> None:
+    """The thread itself, then its memory nodes and its quota."""
+    for _ in range(5):
+        loop.service._take(Moved(UUID))
+        loop.now += 0.00005
+
+    assert len(loop.after(None, 0.0005)) in (1, 2)
 
 
 def test_a_new_thread_is_looked_at_within_milliseconds(loop: Timed) -> None:

@@ -15,7 +15,7 @@ import pytest
 from trees import until
 
 from rtpind.host import inotify
-from rtpind.host.inotify import Appeared, Inotify, Regrouped, Saved
+from rtpind.host.inotify import Appeared, Inotify, Moved, Regrouped, Saved
 from rtpind.host.listener import Unheard
 from rtpind.host.proc import Proc
 
@@ -28,6 +28,7 @@ os.write(file, b"%d" % os.getpid())
 os.set_inheritable(file, True)
 os.execv(sys.executable, [*sys.argv[2:], *sys.stdin.readline().split()])
 """
+CGROUPS = ("/sys/fs/cgroup", "/sys/fs/cgroup/cpu")
 QEMU = [sys.executable, "-I", "-S", "-c", "import sys; print(flush=True); sys.stdin.read()"]
 
 
@@ -121,12 +122,53 @@ def test_cgroups_that_come_and_go_are_told(heard: Heard, tmp_path: Path) -> None
     (guests["b"] / "iothread1").mkdir()
     heard.until(Regrouped("a"), Regrouped("a"), Regrouped("b"))
     guests["a"].rmdir()
-    until(lambda: list(heard.listener._guests.values()) == ["b"], "the watch has gone with the directory")
+    until(lambda: {uuid for uuid, _ in heard.listener._guests.values()} == {"b"}, "the watch has gone, too")
 
     guests["a"].mkdir()
     assert heard.listener.watch("a", str(guests["a"]))
     (guests["a"] / "vcpu0").mkdir()
     heard.until(Regrouped("a"), Regrouped("a"), Regrouped("b"), Regrouped("a"))
+
+
+def test_a_write_into_a_new_cgroup_is_told(heard: Heard, tmp_path: Path) -> None:
+    """A thread is moved by that. In one that was there before it is not heard; what has gone is forgotten."""
+    (tmp_path / "home" / "vcpu0").mkdir(parents=True)
+    assert heard.listener.watch("a", str(tmp_path / "home"))
+    (tmp_path / "home" / "vcpu0" / "tasks").write_text("1")
+    made = tmp_path / "home" / "vcpu1"
+    made.mkdir()
+    heard.until(Regrouped("a"))
+    os.mknod(made / "tasks")
+    with open(made / "tasks", "a", encoding="ascii") as tasks:
+        tasks.write("4711")
+    heard.until(Regrouped("a"), Moved("a"))
+    (made / "tasks").unlink()
+    made.rmdir()
+    heard.until(Regrouped("a"), Moved("a"), Regrouped("a"))
+    until(lambda: not heard.listener._threads, "the watch has gone with the directory")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make cgroups")
+def test_the_kernel_tells_of_a_thread_that_is_moved(heard: Heard) -> None:
+    """On real cgroups: a write into tasks (v1) or cgroup.threads (v2) is a modification like any other."""
+    root = next((path for path in map(Path, CGROUPS) if (path / "cgroup.procs").exists()), None)
+    if root is None:
+        pytest.skip("no cgroups in which a thread could be moved")
+    home = root / f"rtpind-test-{os.getpid()}"
+    home.mkdir()
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert heard.listener.watch("a", str(home))
+        (home / "vcpu0").mkdir()
+        heard.until(Regrouped("a"))
+        (home / "vcpu0" / "cgroup.procs").write_text(str(child.pid))
+        until(lambda: Moved("a") in heard.posts, "the move is told")
+    finally:
+        child.kill()
+        child.wait()
+        until(lambda: not (home / "vcpu0" / "cgroup.procs").read_text(), "the cgroup is empty")
+        (home / "vcpu0").rmdir()
+        home.rmdir()
 
 
 def test_a_cgroup_that_has_gone_is_not_watched(heard: Heard, tmp_path: Path) -> None:
