@@ -85,8 +85,8 @@ class OnPaper(Service):
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
-        self.adopted: list[str] = []
-        house: Any = SimpleNamespace(keep=lambda cpus: self.adopted.append(str(cpus)))
+        self.adopted: list[tuple[str, int]] = []
+        house: Any = SimpleNamespace(keep=lambda cpus, priority: self.adopted.append((str(cpus), priority)))
         self._house = house
 
 

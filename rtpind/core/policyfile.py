@@ -76,6 +76,7 @@ class _Reader(Reading):
             period_s=self.read_period(daemon.get("period", "10s")),
             proc_events=daemon.get("proc_events", "auto") == "auto",
             metrics_dir=daemon.get("metrics_dir", ""),
+            priority=daemon.get("priority"),
         )
 
     def read_period(self, text: str) -> float:

@@ -1,57 +1,88 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keeps rtpind's own threads on housekeeping pCPUs, whoever moved them and whatever made them. Touches no other."""
+"""Keeps rtpind's own threads on housekeeping pCPUs and at their priority, whatever moved or made them. No others."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 from rtpind.core.audit import Kind, Level, Record
 from rtpind.core.cpuset import CpuSet
+from rtpind.core.model import Sched, Scheduling
 from rtpind.host import sched
+from rtpind.host.proc import Proc
 
-Tids = Callable[[], Iterable[int]]
+#: Where a thread is allowed, and how it is scheduled.
+Place: TypeAlias = tuple[CpuSet, Scheduling]
+Tids: TypeAlias = Callable[[], Iterable[int]]
+
+
+class OwnThreads:
+    """What the kernel says of the threads of this process, and what it is asked for. ``tids`` lists them."""
+
+    def __init__(self, proc: Proc, tids: Tids | None = None) -> None:
+        self._proc = proc
+        self.tids = tids or (lambda: proc.tids(os.getpid()))
+        self.set_affinity = sched.set_affinity
+        self.set_scheduling = sched.set_scheduling
+
+    def read(self, tid: int) -> Place:
+        """Return where a thread is. Raises OSError when it has ended."""
+        now = self._proc.placement(tid, self._proc.stat(tid))
+        return now.cpus, now.scheduling
 
 
 class Housekeeper:
-    """Looks at each thread of this process; one that the kernel will not have there is left until that changes."""
+    """Looks at each thread of this process; what the kernel refuses is left until it changes."""
 
-    def __init__(
-        self,
-        tids: Tids,
-        emit: Callable[[Record], None],
-        *,
-        affinity: Callable[[int], Iterable[int]] = os.sched_getaffinity,
-        set_affinity: Callable[[int, CpuSet], int] = sched.set_affinity,
-    ) -> None:
-        self._tids = tids
+    def __init__(self, threads: OwnThreads, emit: Callable[[Record], None]) -> None:
+        self._threads = threads
         self._emit = emit
-        self._affinity = affinity
-        self._set_affinity = set_affinity
-        self._narrowed: dict[int, tuple[CpuSet, CpuSet]] = {}  # tid → where it should be, and what came of it
-        self._said = ""
+        self._calm: Scheduling | None = None  # what the process began with
+        self._refused: dict[int, tuple[Place, Place]] = {}  # tid → where it should be, and what came of it
+        self._said: frozenset[str] = frozenset()
 
-    def keep(self, own: CpuSet) -> None:
-        """Put every thread on ``own``; a right one is not set again."""
-        if not own:
+    def keep(self, cpus: CpuSet, priority: int) -> None:
+        """Put every thread on ``cpus``, at FIFO ``priority``; 0: as it was started. A right one is not set again.
+
+        Without SCHED_RESET_ON_FORK: a thread that begins between two looks is as urgent, as it may hold what the
+        others wait for (Python's lock).
+        """
+        if not cpus:
             return
-        narrowed: dict[int, tuple[CpuSet, CpuSet]] = {}
-        for tid in self._tids():
+        refused: dict[int, tuple[Place, Place]] = {}
+        for tid in self._threads.tids():
             try:
-                now = CpuSet(self._affinity(tid))
-                if now != own and self._narrowed.get(tid) != (own, now):
-                    self._set_affinity(tid, own)
-                    now = CpuSet(self._affinity(tid))
-            except ProcessLookupError:
-                continue
+                now = self._threads.read(tid)
+                self._calm = self._calm or now[1]
+                own = (cpus, Scheduling(Sched.FIFO, priority) if priority else self._calm)
+                if now != own and self._refused.get(tid) != (own, now):
+                    now = self._set(tid, own, now)
+            except OSError:
+                continue  # it has ended
             if now != own:
-                narrowed[tid] = (own, now)
-        self._narrowed = narrowed
-        self._say(own, {now for _, now in narrowed.values()})
+                refused[tid] = (own, now)
+        self._refused = refused
+        self._say(refused.values())
 
-    def _say(self, own: CpuSet, elsewhere: set[CpuSet]) -> None:
-        places = ", ".join(sorted(map(str, elsewhere)))
-        text = f"rtpind itself runs on pCPU {places} and not on housekeeping pCPU {own}: see AllowedCPUs= of its slice"
-        if elsewhere and text != self._said:
+    def _set(self, tid: int, own: Place, now: Place) -> Place:
+        if now[0] != own[0]:
+            self._threads.set_affinity(tid, own[0])
+        if now[1] != own[1]:
+            self._threads.set_scheduling(tid, own[1])
+        return self._threads.read(tid)
+
+    def _say(self, refused: Iterable[tuple[Place, Place]]) -> None:
+        """Say what cannot be, once."""
+        found = set()
+        for own, now in refused:
+            if now[0] != own[0]:
+                text = f"rtpind itself runs on pCPU {now[0]} and not on housekeeping pCPU {own[0]}"
+                found.add(f"{text}: see AllowedCPUs= of its slice")
+            if now[1] != own[1]:
+                text = f"rtpind itself is not {own[1]} but {now[1]}: it may come late where housekeeping pCPUs are busy"
+                found.add(f"{text}; it takes CAP_SYS_NICE and, with RT_GROUP_SCHED, a cgroup with realtime budget")
+        for text in sorted(found - self._said):
             self._emit(Record(Kind.DAEMON, text, Level.WARNING))
-        self._said = text if elsewhere else ""
+        self._said = frozenset(found)

@@ -22,10 +22,11 @@ from rtpind.core.audit import Kind, Level, Record
 from rtpind.core.decision import Decision
 from rtpind.core.ledger import EVERYONE
 from rtpind.core.measures import Measures, by_verdict
+from rtpind.core.model import Host
 from rtpind.core.policy import HOUSEKEEPING, Policy
 from rtpind.daemon import commands, policysource
 from rtpind.daemon.events import Event, Events
-from rtpind.daemon.house import Housekeeper
+from rtpind.daemon.house import Housekeeper, OwnThreads
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
 from rtpind.host.control import Answer, ControlServer
@@ -64,7 +65,7 @@ class Service:
         self._inbox: Inbox[Item] = Inbox()
         self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
         self._events = Events(reconciler, self._inbox, self._say, self._hurry)
-        self._house = Housekeeper(lambda: reconciler.observer.proc.tids(os.getpid()), reconciler.emit)
+        self._house = Housekeeper(OwnThreads(reconciler.observer.proc), reconciler.emit)
         self._metrics: MetricsFile | None = None
         self._measures = Measures()
         self._stopping = False
@@ -178,7 +179,7 @@ class Service:
             began = time.monotonic()
             view = self._pass(None)
             self._measure(view, time.monotonic() - began)
-            self._house.keep(self._policy().pool(HOUSEKEEPING, view.snapshot.host))
+            self._keep_house(view.snapshot.host)
             self._passes += 1
 
     def _pass(self, only: set[str] | None) -> View:
@@ -217,7 +218,12 @@ class Service:
     def _adopt(self, policy: Policy) -> None:
         self._reconciler.policy = policy
         self._measures = replace(self._measures, policy=str(self._path), loaded_at=time.time())
-        self._house.keep(policy.pool(HOUSEKEEPING, self._reconciler.observer.host()))
+        self._keep_house(self._reconciler.observer.host())
+
+    def _keep_house(self, host: Host) -> None:
+        """Keep rtpind's own threads where they belong; realtime while it enforces: who only observes has no hurry."""
+        policy = self._policy()
+        self._house.keep(policy.pool(HOUSEKEEPING, host), policy.own_priority if self._reconciler.enforcing else 0)
 
     def _about(self) -> Mapping[str, Any]:
         return {

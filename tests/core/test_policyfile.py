@@ -332,6 +332,37 @@ def test_the_proc_connector_is_listened_to_unless_it_is_off(written, listens):
     assert good(f"version: 1\ndaemon: {{{written}}}\n").proc_events is listens
 
 
+OWN = """
+version: 1
+pools: {realtime: 2-7}
+classes:
+  plain: {vcpu: {pool: realtime, exclusive: thread}, emulator: {pool: housekeeping}}
+  first: {vcpu: {pool: realtime, exclusive: thread, scheduler: fifo}, emulator: {pool: housekeeping}}
+  above:
+    vcpu: {pool: realtime, exclusive: thread, scheduler: fifo, priority: 3}
+    emulator: {pool: housekeeping}
+    pit: {share_with: {vcpu: 0}, scheduler: fifo, priority: 7}
+  irqs:
+    unsafe: true
+    vcpu: {pool: realtime, exclusive: thread, scheduler: fifo, priority: 60}
+    emulator: {pool: housekeeping}
+  xml: {vcpu: {from: cputune}, emulator: {pool: housekeeping}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("classes", "written", "priority"),
+    [
+        ((), "", 1), (("plain",), "", 1), (("first",), "", 2), (("plain", "above", "first"), "", 8),
+        (("irqs",), "", 49), (("xml",), "", 2), (("above",), "priority: 0", 0), (("above",), "priority: 3", 3),
+    ],
+)  # fmt: skip
+def test_its_own_priority_is_one_above_all_that_it_gives(classes, written, priority):
+    """To those that a rule names a class for; below interrupt threads; and as written, where it is."""
+    rules = ", ".join(f"{{name: {name}, class: {name}}}" for name in classes)
+    assert good(f"{OWN}guests: [{rules}]\ndaemon: {{{written}}}\n").own_priority == priority
+
+
 @pytest.mark.parametrize("uri", ["qemu:///system", "qemu+unix:///system", "qemu:///system?socket=/run/x"])
 def test_takes_libvirts_system_connection(uri):
     """Each way to write libvirt's system connection is taken."""
@@ -636,7 +667,8 @@ DATA = st.fixed_dictionaries(
         "guests": st.lists(RULE, max_size=4) | NESTED,
         "drift": NESTED,
         "daemon": st.fixed_dictionaries(
-            {}, optional={"uri": NESTED, "period": NESTED, "metrics_dir": NESTED, "proc_events": NESTED}
+            {},
+            optional=dict.fromkeys(("uri", "period", "metrics_dir", "proc_events", "priority"), NESTED),
         )
         | NESTED,
         "a": NESTED,

@@ -1,5 +1,4 @@
-# SPDX-License-Identifier: GPL-2.0-or-later
-"""The daemon's own threads: on housekeeping pCPUs, set only when they are not, and said where that cannot be."""
+"""The daemon's own threads: on housekeeping pCPUs and at their priority, set only when they are not, and said."""
 
 import os
 import subprocess
@@ -8,22 +7,29 @@ import pytest
 
 from rtpind.core.audit import Kind, Level
 from rtpind.core.cpuset import CpuSet
-from rtpind.daemon.house import Housekeeper
+from rtpind.core.model import OTHER, Sched, Scheduling
+from rtpind.daemon.house import Housekeeper, OwnThreads
+from rtpind.host.proc import Proc
+
+FIFO_2 = Scheduling(Sched.FIFO, 2)
 
 
 class Threads:
-    """Threads that a cpuset may keep from where they should be."""
+    """Threads that a cpuset may keep from where they should be, and the kernel from being realtime."""
 
     def __init__(self, places):
-        self.places = {tid: CpuSet.parse(text) for tid, text in places.items()}
+        self.places = {tid: (CpuSet.parse(text), OTHER) for tid, text in places.items()}
         self.fence = CpuSet.parse("0-7")
+        self.realtime = True
         self.calls = []
         self.records = []
-        self.house = Housekeeper(
-            lambda: list(self.places), self.records.append, affinity=self.affinity, set_affinity=self.set_affinity
-        )
+        self.listed = None
+        self.house = Housekeeper(self, self.records.append)
 
-    def affinity(self, tid):
+    def tids(self):
+        return self.listed or list(self.places)
+
+    def read(self, tid):
         if tid not in self.places:
             raise ProcessLookupError(tid)
         return self.places[tid]
@@ -31,11 +37,18 @@ class Threads:
     def set_affinity(self, tid, cpus):
         self.calls.append((tid, str(cpus)))
         if cpus & self.fence:
-            self.places[tid] = cpus & self.fence
-        return 0
+            self.move(tid, cpus & self.fence)
 
-    def keep(self, text):
-        self.house.keep(CpuSet.parse(text))
+    def set_scheduling(self, tid, scheduling):
+        self.calls.append((tid, str(scheduling)))
+        if self.realtime or not scheduling.realtime:
+            self.places[tid] = (self.places[tid][0], scheduling)
+
+    def move(self, tid, cpus):
+        self.places[tid] = (cpus, self.places[tid][1])
+
+    def keep(self, text, priority=0):
+        self.house.keep(CpuSet.parse(text), priority)
 
 
 def test_every_thread_is_put_there_and_a_right_one_is_left():
@@ -52,17 +65,34 @@ def test_new_threads_and_a_changed_pool_are_followed():
     """What began since the last look, and all of them when other pCPUs keep house."""
     threads = Threads({1: "0"})
     threads.keep("0")
-    threads.places[2] = CpuSet.parse("0-7")
+    threads.places[2] = (CpuSet.parse("0-7"), OTHER)
     threads.keep("0")
     threads.keep("0-1")
 
     assert threads.calls == [(2, "0"), (1, "0-1"), (2, "0-1")]
 
 
+def test_every_thread_gets_its_priority_and_a_right_one_is_left():
+    """Those that begin later, too, and another one when the policy says so; 0 is what the process began with."""
+    threads = Threads({1: "0", 2: "0"})
+    batch = Scheduling(Sched.BATCH)
+    threads.places[1] = threads.places[2] = (CpuSet([0]), batch)
+    threads.keep("0", 2)
+    threads.places[3] = (CpuSet([0]), OTHER)
+    threads.keep("0", 2)
+    assert threads.calls == [(1, "fifo:2"), (2, "fifo:2"), (3, "fifo:2")]
+    assert {place for _, place in threads.places.values()} == {FIFO_2}
+
+    threads.keep("0", 0)
+    threads.keep("0", 0)
+    assert threads.calls[3:] == [(1, "batch"), (2, "batch"), (3, "batch")]
+    assert threads.records == []
+
+
 def test_without_housekeeping_pcpus_nothing_is_set():
     """An empty pool is no place."""
     threads = Threads({1: "0-7"})
-    threads.keep("")
+    threads.keep("", 2)
 
     assert (threads.calls, threads.records) == ([], [])
 
@@ -80,17 +110,35 @@ def test_what_a_cpuset_forbids_is_said_once_and_tried_again_when_it_changes():
     assert "runs on pCPU 1 and not on housekeeping pCPU 0-1" in record.message
 
     threads.fence = CpuSet.parse("0-7")
-    threads.places[2] = CpuSet.parse("6")
+    threads.move(2, CpuSet.parse("6"))
     threads.keep("0-1")
     assert threads.calls[2:] == [(2, "0-1")]
+    assert len(threads.records) == 1
+
+
+def test_a_priority_that_is_refused_is_said_once_and_tried_again_when_it_is_another():
+    """It goes on without."""
+    threads = Threads({1: "0", 2: "0"})
+    threads.realtime = False
+    for _ in range(3):
+        threads.keep("0", 2)
+
+    assert threads.calls == [(1, "fifo:2"), (2, "fifo:2")]
+    (record,) = threads.records
+    assert (record.kind, record.level) == (Kind.DAEMON, Level.WARNING)
+    assert "is not fifo:2 but other" in record.message
+    assert "CAP_SYS_NICE" in record.message
+
+    threads.realtime = True
+    threads.keep("0", 3)
+    assert threads.calls[2:] == [(1, "fifo:3"), (2, "fifo:3")]
     assert len(threads.records) == 1
 
 
 def test_a_thread_that_ends_meanwhile_is_no_trouble():
     """The list is older than the look."""
     threads = Threads({1: "0-7"})
-    threads.house = Housekeeper(lambda: [9, 1], threads.records.append, affinity=threads.affinity,
-                                set_affinity=threads.set_affinity)  # fmt: skip
+    threads.listed = [9, 1]
     threads.keep("0")
 
     assert threads.calls == [(1, "0")]
@@ -98,12 +146,18 @@ def test_a_thread_that_ends_meanwhile_is_no_trouble():
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two pCPUs")
 def test_the_kernel_does_it():
-    """On the real one."""
-    first = min(os.sched_getaffinity(0))
+    """On the real one: another user's process would do as well, with CAP_SYS_NICE. Its children inherit it."""
+    first, records = min(os.sched_getaffinity(0)), []
     child = subprocess.Popen(["sleep", "60"])
     try:
-        Housekeeper(lambda: [child.pid], lambda _: None).keep(CpuSet([first]))
+        house = Housekeeper(OwnThreads(Proc(), lambda: [child.pid]), records.append)
+        house.keep(CpuSet([first]), 2)
         assert os.sched_getaffinity(child.pid) == {first}
+        if not records:
+            assert os.sched_getscheduler(child.pid) == os.SCHED_FIFO
+            assert os.sched_getparam(child.pid).sched_priority == 2
+        house.keep(CpuSet([first]), 0)
+        assert os.sched_getscheduler(child.pid) == os.SCHED_OTHER
     finally:
         child.kill()
         child.wait()
