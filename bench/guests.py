@@ -152,7 +152,7 @@ class StartWatch(Watch):
                 self._find()
             return False
         ran = int(os.pread(self._schedstat, 64, 0).split()[0])
-        vcpu = seen(self._tid)
+        vcpu = seen(self._tid, "CPU 0/")
         if vcpu is None:
             raise ProcessLookupError("the vCPU thread is gone")
         # Read last: as long as this is 0, no instruction had run when the rest was read.

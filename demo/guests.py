@@ -135,10 +135,10 @@ class Guest:
             yield mapped
 
 
-def seen(tid: int) -> Seen | None:
-    """Return a thread as the kernel shows it now; None when it is gone."""
+def seen(tid: int, comm: str = "") -> Seen | None:
+    """Return a thread as the kernel shows it now; None when it is gone. ``comm``: its name, where that is known."""
     try:
-        comm = Path(f"/proc/{tid}/comm").read_text().rstrip("\n")
+        comm = comm or Path(f"/proc/{tid}/comm").read_text().rstrip("\n")
         return Seen(
             tid,
             comm,

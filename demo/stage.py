@@ -106,7 +106,7 @@ class Stage:
     def set_up(self) -> None:
         """Make the files and connect to libvirt."""
         with self.interrupts.held():
-            self.dir = Path(tempfile.mkdtemp(prefix=f"{self.prefix}-"))
+            self.dir = Path(tempfile.mkdtemp(prefix=f"{self.prefix}-", dir="/dev/shm"))
             self.undo.callback(shutil.rmtree, self.dir, ignore_errors=True)
             self.lab = self.undo.enter_context(Lab(self.prefix))
 
