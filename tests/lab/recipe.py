@@ -166,6 +166,8 @@ class Shape:
         words = [
             "root=/dev/vda rw rootfstype=ext4 console=ttyS0 loglevel=4 fsck.mode=skip net.ifnames=0 panic=-1",
             f"isolcpus=managed_irq,domain,{cpus} nohz_full={cpus} rcu_nocbs={cpus}",
+            # RCU above a FIFO vCPU, wherever that lands; the agent raises the other kernel threads.
+            "rcutree.kthread_prio=4",
             "mitigations=off audit=0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 systemd.show_status=no",
         ]
         return " ".join(words)
