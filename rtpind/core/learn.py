@@ -15,7 +15,7 @@ from rtpind.core.plan import Phase, Plan, Reason, in_place
 
 #: A guest must have been right this long before a thread found elsewhere counts as moved by somebody: while a
 #: guest starts, libvirt itself still sets affinities.
-SETTLED_S = 0.1
+SETTLED_S = 1.0
 
 
 def learn(

@@ -225,14 +225,17 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Everything one decision rests on. ``time``: seconds, monotonic; only differences mean anything.
+    """Everything one decision rests on.
 
+    ``time``: when the look was over, monotonic seconds of which only differences mean anything. ``took``: how long it
+    took, seconds.
     ``ran``: CPU time (ns) of the vCPUs whose start is not over (:mod:`rtpind.core.offplace`), read at this look.
     """
 
     host: Host
     guests: tuple[Guest, ...] = ()
     time: float = 0.0
+    took: float = 0.0
     ran: Mapping[ThreadId, int] = field(default_factory=dict)
 
     def threads(self) -> tuple[Thread, ...]:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from rtpind.core.audit import Kind, Level
 from rtpind.core.ledger import Process
 from rtpind.core.model import Guest
-from rtpind.core.plan import LOOK_APART_S
+from rtpind.core.plan import LOOKS_APART, look_apart
 from rtpind.core.policy import Policy
 from rtpind.daemon.definitions import Definitions
 from rtpind.daemon.inbox import Inbox
@@ -32,14 +32,15 @@ _FOLLOW_UPS_S = (0.0, 0.05, 0.25, 1.0, 5.0)
 #: The interval while libvirt has not begun to move threads of a guest that starts.
 _STARTING_S = 0.02
 _WATCHED_S = 0.2  # where the kernel tells when it has
-#: libvirt makes a vCPU's cgroup, moves the thread, which the kernel tells, and then sets its affinity, which nobody
-#: tells: some 0.1 ms later (measured), or when it has CPU time again. So the first look comes a little later than the
-#: move, the next ones at intervals of a millisecond, and then at most so late as to miss one part in eight of the time.
+#: libvirt makes a vCPU's cgroup, moves the thread, which the kernel tells when it is over, and then sets its affinity,
+#: which nobody tells: some 0.1 ms later (measured), or when libvirt has CPU time. The kernel shows the thread in its
+#: cgroup before (the reset came 0.1 s after that on an emulated host), so nobody looks for that. The first look comes a
+#: little after the move, the next ones at intervals of a millisecond, and then at most so late as to miss one part in
+#: eight.
 _WINDOW_S = 1.0
 _RESET_S = 0.0003
 _CLOSE_S = 0.001
 _SPARING = 8
-_UNMOVED_S = 0.01  # before the move, should the kernel not tell of it
 #: Looks because of new threads come at once after a calm, and ever more seldom at a guest that never stops.
 _STIR_S, _STIR_MAX_S = 0.003, 0.2
 _OVERRUN_S = 1.0
@@ -158,7 +159,7 @@ class Events:
                 for uuid in [uuid for uuid, known in self._reconciler.domains.items() if known == name]:
                     self._inbox.look_in(0, uuid)
             case Regrouped(uuid):
-                self._moving[uuid] = (self._clock(), _UNMOVED_S)
+                self._moving[uuid] = (self._clock(), _WATCHED_S)
                 self._inbox.look_in(0, uuid)  # it may have moved already
             case Moved(uuid):
                 self._moving[uuid] = (self._clock(), _CLOSE_S)
@@ -173,13 +174,13 @@ class Events:
     def passed(self, view: View, only: set[str] | None) -> None:
         """See to what follows a pass over all guests, or ``only`` some: who is watched, asked about, due again."""
         decided = [found for found in view.decision.guests if only is None or found.guest.uuid in only]
-        now = self._clock()
+        now, took = self._clock(), view.snapshot.took
         for found in decided:
             guest = found.guest
             self._watch(guest)
             since, interval = self._moving.get(guest.uuid, (float("-inf"), 0.0))
             if now - since < _WINDOW_S:
-                self._inbox.look_in(max(interval, (now - since) / _SPARING), guest.uuid)
+                self._inbox.look_in(max(interval, (now - since) / _SPARING, LOOKS_APART * took), guest.uuid)
             if guest.uuid not in view.plan.again:
                 continue
             if guest.doubtful or found.unsettled:
@@ -187,7 +188,7 @@ class Events:
             # In place, and only the second look is missing. A guest that is not in place waits for the period.
             right = self._reconciler.memory.right_since.get(guest.process)
             if self._reconciler.enforcing and right is not None:
-                self._inbox.look_in(max(right + LOOK_APART_S - self._clock(), 0), guest.uuid)
+                self._inbox.look_in(max(right + look_apart(took) - took - now, 0), guest.uuid)
         if only is None:
             self._forget(view)
         self._threads.watch(self._pids)

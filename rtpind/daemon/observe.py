@@ -46,9 +46,10 @@ class Observer:
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
         """Return a snapshot of the guests ``domains`` (UUID → name), read anew: all of them, or ``only`` some."""
+        began = time.monotonic()
         # Not at the quick looks at a guest that starts: the host and the list of all processes are most of a look.
-        if only is None or time.monotonic() - self._scanned >= _SCAN_APART_S:
-            self._scanned = time.monotonic()
+        if only is None or began - self._scanned >= _SCAN_APART_S:
+            self._scanned = began
             self.proc.kernel_threads.scan()
             self._host = self.facts.read()
         uptime = self.proc.uptime()
@@ -70,7 +71,8 @@ class Observer:
         self._host = self._seen = host if host != self._seen else self._seen
         self._last = found
         guests = tuple(sorted(found.values(), key=lambda guest: (guest.name, guest.uuid)))
-        return Snapshot(host=self._host, guests=guests, time=time.monotonic(), ran=ran)
+        ended = time.monotonic()
+        return Snapshot(host=self._host, guests=guests, time=ended, took=ended - began, ran=ran)
 
     def _forget(self, domains: Mapping[str, str], found: Mapping[str, Guest]) -> None:
         """Forget what is no domain, and no guest, any more."""

@@ -29,6 +29,8 @@ from rtpind.host.proc import Proc
 # sys/inotify.h
 _MODIFY, _MOVED_TO, _CREATE, _DELETE = 0x2, 0x80, 0x100, 0x200
 _OVERFLOW, _IGNORED, _ONLYDIR = 0x4000, 0x8000, 0x01000000
+#: By a write into one of these a thread is moved (cgroup v1, v2). The event comes when the write is over.
+_MEMBERS = ("tasks", "cgroup.threads")
 _EVENT = struct.Struct("iIII")
 _ROOM = 64 * 1024
 
@@ -61,7 +63,7 @@ class Regrouped:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """libvirt has written into the new cgroup of a thread: moved it there, most of all; it sets its affinity next."""
+    """libvirt has moved a thread of a guest into its own cgroup; it sets its affinity next."""
 
     uuid: str
 
@@ -146,7 +148,8 @@ class Inotify(Listener):
                 self._threads.pop(watch, None)
                 self._saved = -1 if watch == self._saved else self._saved
             elif watch in self._threads:
-                self.post(Moved(self._threads[watch]))
+                if name in _MEMBERS:
+                    self.post(Moved(self._threads[watch]))
             elif watch in self._guests:
                 self._regrouped(*self._guests[watch], name if mask & _CREATE else "")
             elif watch == self._saved:

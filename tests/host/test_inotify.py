@@ -138,10 +138,13 @@ def test_a_write_into_a_new_cgroup_is_told(heard: Heard, tmp_path: Path) -> None
     made = tmp_path / "home" / "vcpu1"
     made.mkdir()
     heard.until(Regrouped("a"))
-    os.mknod(made / "tasks")
-    with open(made / "tasks", "a", encoding="ascii") as tasks:
-        tasks.write("4711")
+    for name in ("cgroup.type", "cpuset.mems", "tasks"):
+        os.mknod(made / name)
+        with open(made / name, "a", encoding="ascii") as file:
+            file.write("4711")
     heard.until(Regrouped("a"), Moved("a"))
+    for name in ("cgroup.type", "cpuset.mems"):
+        (made / name).unlink()
     (made / "tasks").unlink()
     made.rmdir()
     heard.until(Regrouped("a"), Moved("a"), Regrouped("a"))
@@ -151,6 +154,7 @@ def test_a_write_into_a_new_cgroup_is_told(heard: Heard, tmp_path: Path) -> None
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make cgroups")
 def test_the_kernel_tells_of_a_thread_that_is_moved(heard: Heard) -> None:
     """On real cgroups: a write into tasks (v1) or cgroup.threads (v2) is a modification like any other."""
+    threads = "tasks" if (Path(CGROUPS[1]) / "tasks").exists() else "cgroup.threads"
     root = next((path for path in map(Path, CGROUPS) if (path / "cgroup.procs").exists()), None)
     if root is None:
         pytest.skip("no cgroups in which a thread could be moved")
@@ -161,12 +165,15 @@ def test_the_kernel_tells_of_a_thread_that_is_moved(heard: Heard) -> None:
         assert heard.listener.watch("a", str(home))
         (home / "vcpu0").mkdir()
         heard.until(Regrouped("a"))
-        (home / "vcpu0" / "cgroup.procs").write_text(str(child.pid))
+        if threads != "tasks":
+            (home / "cgroup.procs").write_text(str(child.pid))
+            (home / "vcpu0" / "cgroup.type").write_text("threaded")
+        (home / "vcpu0" / threads).write_text(str(child.pid))
         until(lambda: Moved("a") in heard.posts, "the move is told")
     finally:
         child.kill()
         child.wait()
-        until(lambda: not (home / "vcpu0" / "cgroup.procs").read_text(), "the cgroup is empty")
+        until(lambda: not (home / "vcpu0" / threads).read_text(), "the cgroup is empty")
         (home / "vcpu0").rmdir()
         home.rmdir()
 
