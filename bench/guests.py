@@ -196,10 +196,11 @@ class LateWatch(Watch):
     def look(self) -> bool:
         """Look for the thread in its cgroup first, then at its affinity."""
         if not self._tid:
-            for tid in set(os.listdir(f"/proc/{self._pid}/task")) - self._old:
+            for tid in sorted(set(os.listdir(f"/proc/{self._pid}/task")) - self._old, key=int):
                 with contextlib.suppress(OSError):
                     if in_cgroup(tid, self._cgroup):
                         self._tid, self._entered = tid, time.monotonic()
+                        break  # what it begins itself is born in its cgroup, and has another place
         if not self._tid:
             return False
         now = time.monotonic()

@@ -175,11 +175,15 @@ class Events:
         """See to what follows a pass over all guests, or ``only`` some: who is watched, asked about, due again."""
         decided = [found for found in view.decision.guests if only is None or found.guest.uuid in only]
         now, took = self._clock(), view.snapshot.took
+        acted = {step.thread.guest for step in view.plan.steps} if self._reconciler.enforcing else set()
         for found in decided:
             guest = found.guest
             self._watch(guest)
             since, interval = self._moving.get(guest.uuid, (float("-inf"), 0.0))
             if now - since < _WINDOW_S:
+                if guest.uuid in acted:  # a thread has been moved, whether that was told or not
+                    interval = _CLOSE_S
+                    self._moving[guest.uuid] = (since, interval)
                 self._inbox.look_in(max(interval, (now - since) / _SPARING, LOOKS_APART * took), guest.uuid)
             if guest.uuid not in view.plan.again:
                 continue

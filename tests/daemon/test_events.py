@@ -14,6 +14,9 @@ from factories import PID, guest, host, uuid_of
 from looping import DOMAIN, NAME, UUID, Loop
 from simulated import World
 
+from rtpind.core.cpuset import CpuSet
+from rtpind.core.model import Placement
+from rtpind.core.policy import Mode
 from rtpind.daemon.inbox import Inbox
 from rtpind.host.hypervisor import Listed
 from rtpind.host.inotify import Appeared, Moved, Regrouped, Saved
@@ -151,6 +154,17 @@ def test_each_thread_begins_the_window_anew(loop: Timed, event: Any, looks: list
     found = loop.after(event(UUID), 0.02)
 
     assert set(looks) <= set(found)
+
+
+def test_a_move_that_nobody_told_of_is_followed_as_closely(loop: Timed) -> None:
+    """The cgroup was watched too late: that a thread is off its place tells of the move, too."""
+    reconciler = loop.service._reconciler
+    assert reconciler.policy is not None
+    reconciler.policy = replace(reconciler.policy, mode=Mode.ENFORCE)
+    vcpu = next(tid for tid, task in loop.world.tasks.items() if task.thread.label == "vcpu 0")
+    loop.world.change(vcpu, now=Placement(CpuSet.parse("0-3")))
+
+    assert {0, 1, 2, 3} <= set(loop.after(Regrouped(UUID), 0.0035))
 
 
 def test_moves_that_come_together_are_two_looks_at_most(loop: Timed) -> None:
