@@ -150,9 +150,9 @@ def policy(text: str = REALTIME, *, on: Host | None = None) -> Policy:
     return made
 
 
-def snapshot(*guests: Guest, host: Host | None = None, time: float = 0.0) -> Snapshot:
+def snapshot(*guests: Guest, host: Host | None = None, time: float = 0.0, took: float = 0.0) -> Snapshot:
     """Return a snapshot of these guests."""
-    return Snapshot(host=_default_host() if host is None else host, guests=guests, time=time)
+    return Snapshot(host=_default_host() if host is None else host, guests=guests, time=time, took=took)
 
 
 def find(of: Guest, label: str, number: int = 0) -> Thread:

@@ -71,6 +71,10 @@ class Watches:
         self.deaf = False
         self.places: list[tuple[str, str]] = []
         self.pids: set[int] = set()
+        self.kept: set[str] = set()
+
+    def keep(self, uuids: Any) -> None:
+        self.kept = set(uuids)
 
     def watch(self, what: Any, place: str = "") -> bool:
         if place and not self.deaf:
@@ -86,7 +90,9 @@ class OnPaper(Service):
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self.adopted: list[tuple[str, int]] = []
-        house: Any = SimpleNamespace(keep=lambda cpus, priority: self.adopted.append((str(cpus), priority)))
+        house: Any = SimpleNamespace(
+            keep=lambda cpus, priority: self.adopted.append((str(cpus), priority)), forget=lambda: None
+        )
         self._house = house
 
 

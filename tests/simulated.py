@@ -53,6 +53,7 @@ class World:
         self.tasks = tasks or {thread.id.tid: Task(thread) for guest in guests for thread in guest.threads}
         self.calls: list[Call] = []
         self.time = 1000.0  # monotonic seconds
+        self.took = 0.0  # by a look
         self.children = 0  # that began; a tid is not used twice
         self.crash_before = -1  # number of the system call before which the daemon is killed
         self.crash_after = -1
@@ -204,7 +205,7 @@ class World:
     def snapshot(self, memory: Memory | None = None) -> Snapshot:
         """Return what a look finds."""
         guests = tuple(self.guest(guest, memory or Memory()) for guest in self.guests)
-        return Snapshot(host=self.host, guests=guests, time=self.time)
+        return Snapshot(host=self.host, guests=guests, time=self.time, took=self.took)
 
     def look(self, domains: Mapping[str, str], memory: Memory, only: Collection[str] | None = None) -> Snapshot:
         """Return a snapshot as the Observer does: of guests not in ``only``, what was seen last."""

@@ -10,12 +10,12 @@ from rtpind.core.audit import Outcome, Result, refusal_text
 from rtpind.core.decision import Decision, GuestDecision
 from rtpind.core.memory import FIGHT_WINDOW_S, Memory, Refusal, Wanted, conditions
 from rtpind.core.model import Placement, Snapshot, Thread, ThreadId
-from rtpind.core.offplace import Reading, account
+from rtpind.core.offplace import Reading, Starts, account
 from rtpind.core.plan import Phase, Plan, Reason, in_place
 
 #: A guest must have been right this long before a thread found elsewhere counts as moved by somebody: while a
 #: guest starts, libvirt itself still sets affinities.
-SETTLED_S = 1.0
+SETTLED_S = 0.1
 
 
 def learn(
@@ -42,19 +42,25 @@ def learn(
     if gone:
         starts = {process: start for process, start in starts.items() if process not in gone}
     if len(loud) == len(decision.guests):
-        taught = _taught(memory.pruned(snapshot), snapshot, decision, plan, outcomes, finished)
+        taught = _taught(memory.pruned(snapshot), snapshot, decision, plan, outcomes, finished, starts)
     elif not loud and not gone:
         taught = memory
     else:  # what is known of the others stands
         theirs, others = memory.split(gone | {found.guest.process for found in loud}, loud)
         part = replace(snapshot, guests=tuple(found.guest for found in loud))
         theirs = theirs.pruned(part)
-        taught = others.joined(_taught(theirs, part, replace(decision, guests=loud), plan, outcomes, finished))
+        taught = others.joined(_taught(theirs, part, replace(decision, guests=loud), plan, outcomes, finished, starts))
     return taught if taught.starts is starts else replace(taught, starts=starts)
 
 
 def _taught(
-    memory: Memory, snapshot: Snapshot, decision: Decision, plan: Plan, outcomes: Sequence[Outcome], finished: float
+    memory: Memory,
+    snapshot: Snapshot,
+    decision: Decision,
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    finished: float,
+    starts: Starts,
 ) -> Memory:
     """Return what a pass over all these guests leaves of what was known of them, and adds to it."""
     wanted = decision.wanted()
@@ -82,7 +88,7 @@ def _taught(
             (guest.process, label) for guest in snapshot.guests for label in guest.doubtful + guest.contested
         ),
         places=wanted,
-        verified=_verified(memory, snapshot, decision, right, wanted) - touched,
+        verified=_verified(memory, snapshot, decision, right, wanted, starts) - touched,
         right_since=right,
         repairs=repairs,
         fights=fights,
@@ -130,15 +136,24 @@ def _verified(
     decision: Decision,
     right: dict[tuple[int, int], float],
     wanted: dict[ThreadId, Wanted],
+    starts: Starts,
 ) -> frozenset[ThreadId]:
-    """Return the threads that were seen on the place that is still wanted."""
+    """Return the threads that were seen on the place that is still wanted.
+
+    Not those that libvirt places itself, while one of the guest's vCPUs is being started: its reset of an affinity can
+    come 0.1 s and more after it has moved the thread (seen on an emulated host).
+    """
     found = {id_ for id_ in memory.verified if id_ in wanted and memory.places.get(id_) == wanted[id_]}
     for guest in decision.guests:
         since = right.get(guest.guest.process)
         if since is None or snapshot.time - since < SETTLED_S:
             continue
+        start = starts.get(guest.guest.process)
+        starting = start is not None and bool(start.open)
         for thread in guest.guest.threads:
             place = wanted.get(thread.id)
+            if starting and thread.index is not None:
+                continue
             if place is not None and memory.places.get(thread.id) == place and place.holds(thread.now):
                 found.add(thread.id)
     return frozenset(found)

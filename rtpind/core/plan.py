@@ -24,9 +24,9 @@ from rtpind.core.policy import Drift
 #: Two looks, this far apart, must find a guest's vCPUs and iothreads in place before FIFO (promise 7; measured:
 #: 2 ms apart, 0 of 34 starts failed).
 LOOK_APART_S = 0.002
-#: … and at least so many times as long as a look takes: rtpind is realtime, and what it waits for, that libvirt is done
-#: with the threads, needs the same pCPUs. On a slow host 2 ms of them may be none.
-LOOKS_APART = 4
+#: … and so many times as long as a look takes: rtpind is realtime, and what it waits for, that libvirt is done with the
+#: threads, needs the same pCPUs. On a slow host 2 ms of them may be none.
+LOOKS_APART = 3
 _LOOK_APART_MAX_S = 0.1
 
 
@@ -117,7 +117,7 @@ def make(decision: Decision, snapshot: Snapshot, memory: Memory) -> Plan:
 
 
 def look_apart(took: float) -> float:
-    """Return how long after a vCPU is in place a look that takes ``took`` seconds counts as the second one."""
+    """Return how long after a guest was read back in place a second look may begin, if one takes ``took`` seconds."""
     return max(LOOK_APART_S, min(LOOKS_APART * took, _LOOK_APART_MAX_S))
 
 
@@ -202,7 +202,7 @@ class _Guest:
         self.looked = (
             in_place(guest, memory, snapshot.host)
             and since is not None
-            and snapshot.time - since >= look_apart(snapshot.took)
+            and snapshot.time - snapshot.took - since >= look_apart(snapshot.took)
         )
         self.steps: list[Step] = []
         self.drifted: list[tuple[Thread, Wanted]] = []

@@ -271,18 +271,17 @@ class Policy:
     metrics_dir: str = ""
     priority: int | None = None  # of the daemon itself; None: one above all that it gives
 
-    @property
-    def own_priority(self) -> int:
-        """The FIFO priority of the daemon itself, 0 for none.
+    def own_priority(self, highest: int = 0) -> int:
+        """Return the FIFO priority of the daemon itself, 0 for none; ``highest``: that of all guests' threads, as seen.
 
-        By default above every thread that it may have to take off a housekeeping pCPU, where it runs itself, and below
-        the kernel's interrupt threads (50).
+        By default it is above every thread that it may have to take off a housekeeping pCPU, where it runs itself, and
+        below the kernel's interrupt threads.
         """
         if self.priority is not None:
             return self.priority
         entries = [entry for one in self.reached() for _, entry in one.every()]
-        given = (max(entry.priority, 1 if entry.cputune else 0) for entry in entries)
-        return min(max(given, default=0) + 1, UNSAFE_PRIORITY - 1)
+        given = max((max(entry.priority, 1 if entry.cputune else 0) for entry in entries), default=0)
+        return min(max(given, highest) + 1, UNSAFE_PRIORITY - 1)
 
     def pool(self, name: str, host: Host) -> CpuSet:
         """Return the online pCPUs of a pool."""

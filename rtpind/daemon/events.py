@@ -192,7 +192,7 @@ class Events:
             # In place, and only the second look is missing. A guest that is not in place waits for the period.
             right = self._reconciler.memory.right_since.get(guest.process)
             if self._reconciler.enforcing and right is not None:
-                self._inbox.look_in(max(right + look_apart(took) - took - now, 0), guest.uuid)
+                self._inbox.look_in(max(right + look_apart(took) - now, 0), guest.uuid)
         if only is None:
             self._forget(view)
         self._threads.watch(self._pids)
@@ -213,6 +213,7 @@ class Events:
         """Drop what is kept of guests that have gone, and windows that are over."""
         running, now = {guest.uuid: guest for guest in view.snapshot.guests}, self._clock()
         self._watched = {uuid: process for uuid, process in self._watched.items() if uuid in running}
+        self._inotify.keep(running.keys())
         self._pids = {guest.pid: uuid for uuid, guest in running.items()}
         self._moving = {uuid: entry for uuid, entry in self._moving.items() if now - entry[0] < _WINDOW_S}
         self._stirred = {uuid: entry for uuid, entry in self._stirred.items() if uuid in running}
@@ -292,5 +293,4 @@ class Events:
         due, after = self._stirred.get(uuid, (0.0, 0.0))
         if now >= due:
             after = _STIR_S if now - due > 2 * after else min(2 * after, _STIR_MAX_S)
-            self._stirred[uuid] = (now + after, after)
-            self._inbox.look_in(after, uuid)
+            self._stirred[uuid] = (self._inbox.look_in(after, uuid), after)

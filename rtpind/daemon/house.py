@@ -43,6 +43,10 @@ class Housekeeper:
         self._refused: dict[int, tuple[Place, Place]] = {}  # tid → where it should be, and what came of it
         self._said: frozenset[str] = frozenset()
 
+    def forget(self) -> None:
+        """Ask the kernel again for what it refused."""
+        self._refused = {}
+
     def keep(self, cpus: CpuSet, priority: int) -> None:
         """Put every thread on ``cpus``, at FIFO ``priority``; 0: as it was started. A right one is not set again.
 

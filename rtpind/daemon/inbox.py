@@ -27,12 +27,18 @@ class Inbox(Generic[Item]):
         """Add an item; wakes :meth:`wait`."""
         self._queue.put(item)
 
-    def look_in(self, seconds: float, guest: str) -> None:
-        """Have ``guest`` looked at in that time, unless a look at it is due shortly before: in the last half of it."""
+    def look_in(self, seconds: float, guest: str) -> float:
+        """Have ``guest`` looked at in that time, unless a look at it is due shortly before: in the last half of it.
+
+        Return when it is looked at, on the clock.
+        """
         when = self._clock() + seconds
         soon = when - seconds / 2 if seconds > 0 else float("-inf")
-        if not any(other == guest and soon <= due <= when for due, other in self._due):
-            heapq.heappush(self._due, (when, guest))
+        for due, other in self._due:
+            if other == guest and soon <= due <= when:
+                return due
+        heapq.heappush(self._due, (when, guest))
+        return when
 
     def wait(self, at_most_s: float) -> list[Item]:
         """Wait until something is posted, a look is due, or the time is over; return what was posted."""

@@ -78,6 +78,14 @@ class Reconciler:
         """Whether passes act."""
         return self.policy is not None and self.policy.mode is Mode.ENFORCE and not self.observe_only
 
+    @property
+    def own_priority(self) -> int:
+        """The FIFO priority of rtpind's own threads: 0 unless it acts, and above those of all guests as last seen."""
+        if self.policy is None or not self.enforcing:
+            return 0
+        threads = self._seen.threads() if self._seen is not None else ()
+        return self.policy.own_priority(max((thread.now.scheduling.priority for thread in threads), default=0))
+
     def view(self, only: Collection[str] | None = None, policy: Policy | None = None) -> View:
         """Look, and decide what should be done, by the running policy or another; changes nothing."""
         policy = policy or self.policy

@@ -218,12 +218,12 @@ class Service:
     def _adopt(self, policy: Policy) -> None:
         self._reconciler.policy = policy
         self._measures = replace(self._measures, policy=str(self._path), loaded_at=time.time())
+        self._house.forget()
         self._keep_house(self._reconciler.observer.host())
 
     def _keep_house(self, host: Host) -> None:
         """Keep rtpind's own threads where they belong; realtime while it enforces: who only observes has no hurry."""
-        policy = self._policy()
-        self._house.keep(policy.pool(HOUSEKEEPING, host), policy.own_priority if self._reconciler.enforcing else 0)
+        self._house.keep(self._policy().pool(HOUSEKEEPING, host), self._reconciler.own_priority)
 
     def _about(self) -> Mapping[str, Any]:
         return {

@@ -3,7 +3,7 @@
 
 A pid file tells that a guest is being started long before libvirt does, which says nothing until the guest runs. The
 directory ``vcpu0`` in its cgroup tells that libvirt is about to move that vCPU there, and a write into that directory's
-``tasks`` or ``cgroup.threads`` that it has, and sets the affinity next: some 6 to 25 ms before the guest's first
+``tasks`` or ``cgroup.threads`` that it has, and sets the affinity next: some 4 to 25 ms before the guest's first
 instruction. Works without privileges and for both versions of cgroups.
 
 Three calls by ctypes: the libraries for this that Debian 12 has (pyinotify, inotify, watchdog) are unmaintained, or
@@ -17,8 +17,9 @@ import ctypes
 import errno
 import os
 import struct
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +86,11 @@ class Inotify(Listener):
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._fd = -1
         self._saved = -1  # the watch on run_dir
-        self._guests: dict[int, tuple[str, str]] = {}  # watch → UUID, directory
-        self._threads: dict[int, str] = {}  # the same for cgroups of a guest's threads → UUID
+        # Watch → UUID, directory: of guests' cgroups, and of those of their threads. The lock: what happens in a
+        # directory may be told before it is known here whose that is.
+        self._guests: dict[int, tuple[str, str]] = {}
+        self._threads: dict[int, tuple[str, str]] = {}
+        self._lock = threading.Lock()
         self._arriving: dict[str, float] = {}  # name → until when its arguments are looked for
         self._full = False
 
@@ -105,15 +109,34 @@ class Inotify(Listener):
             self._saved = self._add(str(self._run_dir), _MODIFY | _MOVED_TO)
 
     def watch(self, uuid: str, directory: str) -> bool:
-        """Watch a guest's cgroup, from any thread, until it is removed; return whether it is watched from now on.
+        """Watch a guest's cgroup, from any thread, instead of its last one; return whether it is watched from now on.
 
-        What happened in it before is not told: look at the guest again. Nor are threads in cgroups that were there
-        before: what libvirt does to those it tells itself.
+        What happened in it before is not told, nor what happens in cgroups that are in it by now: look at the guest.
         """
-        found = self._try(directory, _CREATE | _DELETE)
-        if found >= 0:
-            self._guests[found] = (uuid, directory)
+        with self._lock:
+            self._drop(lambda other, where: other == uuid and where != directory)
+            found = self._try(directory, _CREATE | _DELETE)
+            if found >= 0:
+                self._guests[found] = (uuid, directory)
         return found >= 0
+
+    def keep(self, uuids: Collection[str]) -> None:
+        """Watch the cgroups of no other guests, from any thread. A cgroup's watch outlives it, unlike a directory's."""
+        with self._lock:
+            self._drop(lambda uuid, _: uuid not in uuids)
+
+    def _drop(self, which: Callable[[str, str], bool]) -> None:
+        """Watch some cgroups no more, with those of the threads in them (UUID, directory)."""
+        gone = {place for place in self._guests.values() if which(*place)}
+        for watches in (self._guests, self._threads):
+            for watch, (uuid, directory) in tuple(watches.items()):
+                if (uuid, directory) in gone or (uuid, os.path.dirname(directory)) in gone:
+                    self._unwatch(watches, watch)
+
+    def _unwatch(self, watches: dict[int, tuple[str, str]], watch: int) -> None:
+        del watches[watch]
+        if self._fd >= 0:
+            self._libc.inotify_rm_watch(self._fd, watch)  # EINVAL: the kernel was faster
 
     def _try(self, directory: str, mask: int) -> int:
         """Watch a cgroup that may have gone; return -1 when it is not watched. Says once that there is no room."""
@@ -140,20 +163,9 @@ class Inotify(Listener):
 
     def hear(self) -> float | None:
         """Take all events that are there, and look whether those who are being started have arguments by now."""
-        for watch, mask, name in self._events():
-            if mask & _OVERFLOW:
-                self.post(Overran())
-            elif mask & _IGNORED:
-                self._guests.pop(watch, None)
-                self._threads.pop(watch, None)
-                self._saved = -1 if watch == self._saved else self._saved
-            elif watch in self._threads:
-                if name in _MEMBERS:
-                    self.post(Moved(self._threads[watch]))
-            elif watch in self._guests:
-                self._regrouped(*self._guests[watch], name if mask & _CREATE else "")
-            elif watch == self._saved:
-                self._wrote(name)
+        for event in self._events():
+            with self._lock:
+                self._take(*event)
         if self._saved < 0:
             self._watch_run_dir()
         for name, until in tuple(self._arriving.items()):
@@ -173,11 +185,30 @@ class Inotify(Listener):
         elif name.endswith(".xml"):
             self.post(Saved(name.removesuffix(".xml")))
 
-    def _regrouped(self, uuid: str, directory: str, made: str) -> None:
+    def _take(self, watch: int, mask: int, name: str) -> None:
+        if mask & _OVERFLOW:
+            self.post(Overran())
+        elif mask & _IGNORED:
+            self._guests.pop(watch, None)
+            self._threads.pop(watch, None)
+            self._saved = -1 if watch == self._saved else self._saved
+        elif watch in self._threads:
+            if name in _MEMBERS:
+                self.post(Moved(self._threads[watch][0]))
+        elif watch in self._guests:
+            uuid, directory = self._guests[watch]
+            self._regrouped(uuid, f"{directory}/{name}", made=bool(mask & _CREATE))
+        elif watch == self._saved:
+            self._wrote(name)
+
+    def _regrouped(self, uuid: str, directory: str, *, made: bool) -> None:
         """Tell of a cgroup that came or went. One that came is watched first: what is in it by then is for a look."""
-        watch = self._try(f"{directory}/{made}", _MODIFY) if made else -1
+        for watch, (_, where) in tuple(self._threads.items()):
+            if where == directory:
+                self._unwatch(self._threads, watch)
+        watch = self._try(directory, _MODIFY) if made else -1
         if watch >= 0:
-            self._threads[watch] = uuid
+            self._threads[watch] = (uuid, directory)
         self.post(Regrouped(uuid))
 
     def _events(self) -> Iterator[tuple[int, int, str]]:

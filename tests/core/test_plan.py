@@ -322,6 +322,19 @@ def test_fifo_waits_for_a_look_two_milliseconds_later(since: float | None, time:
     assert plan.again == ((seen.uuid,) if later else ())
 
 
+@pytest.mark.parametrize(
+    ("since", "took", "later"),
+    [(9.990, 0.002, False), (9.9925, 0.002, True), (9.9965, 0.0005, False), (9.9985, 0.0005, True), (9.0, 0.5, False),
+     (9.45, 0.5, True)],
+)  # fmt: skip
+def test_fifo_waits_longer_where_looks_take_longer(since: float, took: float, later: bool) -> None:
+    """From the read-back to the begin of the second look libvirt has three times as long as a look, 0.1 s at most."""
+    seen = put(placed(guest(vcpus=1)), {"vcpu 0": "2"}, OTHER)
+    plan = planned(seen, memory=Memory(right_since={PROCESS: since}), time=10.0, took=took)
+
+    assert [step.gated for step in plan.steps] == [later]
+
+
 @pytest.mark.parametrize("label", ["vcpu 0", "iothread 1"])
 def test_one_thread_not_in_place_keeps_fifo_from_all(label: str) -> None:
     """Every vCPU and every iothread must be in its own cgroup and affine."""

@@ -360,7 +360,16 @@ classes:
 def test_its_own_priority_is_one_above_all_that_it_gives(classes, written, priority):
     """To those that a rule names a class for; below interrupt threads; and as written, where it is."""
     rules = ", ".join(f"{{name: {name}, class: {name}}}" for name in classes)
-    assert good(f"{OWN}guests: [{rules}]\ndaemon: {{{written}}}\n").own_priority == priority
+    assert good(f"{OWN}guests: [{rules}]\ndaemon: {{{written}}}\n").own_priority() == priority
+
+
+@pytest.mark.parametrize(
+    ("written", "highest", "priority"), [("", 1, 2), ("", 5, 6), ("", 60, 49), ("priority: 2", 5, 2)]
+)
+def test_its_own_priority_is_above_what_guests_have(written, highest, priority):
+    """By <vcpusched>, say, or by the last policy."""
+    rules = "{name: x, class: xml}"
+    assert good(f"{OWN}guests: [{rules}]\ndaemon: {{{written}}}\n").own_priority(highest) == priority
 
 
 @pytest.mark.parametrize("uri", ["qemu:///system", "qemu+unix:///system", "qemu:///system?socket=/run/x"])

@@ -156,6 +156,13 @@ def test_each_thread_begins_the_window_anew(loop: Timed, event: Any, looks: list
     assert set(looks) <= set(found)
 
 
+def test_looks_that_take_long_are_farther_apart(loop: Timed) -> None:
+    """Libvirt needs the pCPU that they take."""
+    loop.world.took = 0.01
+
+    assert loop.after(Moved(UUID), 0.07) == [0.3, 30.3, 60.3]
+
+
 def test_a_move_that_nobody_told_of_is_followed_as_closely(loop: Timed) -> None:
     """The cgroup was watched too late: that a thread is off its place tells of the move, too."""
     reconciler = loop.service._reconciler

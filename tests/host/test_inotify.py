@@ -176,6 +176,31 @@ def test_the_kernel_tells_of_a_thread_that_is_moved(heard: Heard) -> None:
         until(lambda: not (home / "vcpu0" / threads).read_text(), "the cgroup is empty")
         (home / "vcpu0").rmdir()
         home.rmdir()
+    # The kernel says nothing of a cgroup that has gone, and keeps its watch.
+    until(lambda: watched(heard) == 2, "the thread's watch has been given up")
+    heard.listener.keep({"b"})
+    until(lambda: watched(heard) == 1, "the guest's, too")
+    assert (heard.listener._guests, heard.listener._threads) == ({}, {})
+
+
+def watched(heard: Heard) -> int:
+    """Return how many watches the kernel keeps for it; one is that of the run directory."""
+    return Path(f"/proc/self/fdinfo/{heard.listener._fd}").read_text().count("inotify wd:")
+
+
+def test_a_guest_is_watched_where_it_is_now(heard: Heard, tmp_path: Path) -> None:
+    """Its next process has another cgroup; the last one's is given up, with those of its threads."""
+    first, second = tmp_path / "machine-1", tmp_path / "machine-2"
+    first.mkdir()
+    second.mkdir()
+    assert heard.listener.watch("a", str(first))
+    (first / "vcpu0").mkdir()
+    heard.until(Regrouped("a"))
+    assert watched(heard) == 3
+    assert heard.listener.watch("a", str(second))
+    assert heard.listener.watch("a", str(second))
+    until(lambda: watched(heard) == 2, "the first one's are given up")
+    assert list(heard.listener._guests.values()) == [("a", str(second))]
 
 
 def test_a_cgroup_that_has_gone_is_not_watched(heard: Heard, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def test_a_spinning_vcpu_on_the_only_pcpu_of_the_host_is_taken_off_it(scene: Sce
     scene.start(policy(("rt-*", "realtime")))
     spinning = scene.guest("one", boot="spin")
     scene.wait_for(lambda: scene.alone([spinning]), "the vCPU is alone on its pCPU at FIFO")
+    scene.wait_for(lambda: scene.count("vCPU 0 started"), "its start is over")  # else it may be libvirt that moves it
     try:
         if ladder == "default":
             scene.run(_DEFAULT)

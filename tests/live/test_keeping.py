@@ -21,6 +21,11 @@ def _taskset(tid: int, cpus: str) -> None:
     subprocess.run(["taskset", "-pc", cpus, str(tid)], check=True, capture_output=True)
 
 
+def started(made: Daemon) -> None:
+    """Wait until the guest's start is over: before that, what moves its vCPUs may be libvirt."""
+    wait_for(lambda: made.count("vCPU 0 started") == 1, "its start is over")
+
+
 @pytest.mark.usefixtures("unthrottled")
 def test_a_moved_thread_is_put_back_with_one_drift_record(lab: Lab, daemon: Make) -> None:
     """Taskset on the FIFO vCPU, chrt on it, and taskset on a helper: each is repaired, with one record each."""
@@ -28,6 +33,7 @@ def test_a_moved_thread_is_put_back_with_one_drift_record(lab: Lab, daemon: Make
     made = daemon(policy((guest, "realtime")))
     made.start()
     wait_for(lambda: placed(guest, {1}, fifo=1), "the guest is placed")
+    started(made)
     vcpu, helper = guest.vcpus()[0].tid, guest.pid
 
     for number, tamper in enumerate(
@@ -52,6 +58,7 @@ def test_drift_warn_only_says_it(lab: Lab, daemon: Make) -> None:
     made = daemon(policy((guest, "dedicated"), drift="warn"))
     made.start()
     wait_for(lambda: placed(guest, {1}), "the guest is placed")
+    started(made)
     made.passes(2)
 
     _taskset(guest.vcpus()[0].tid, "0")

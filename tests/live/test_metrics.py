@@ -51,6 +51,7 @@ def test_metrics_follow_guests_reloads_and_the_policy(lab: Lab, daemon: Make) ->
     assert found["rtpind_policy_last_reload_successful",] == 1
     assert found["rtpind_repairs_total",] == 0
 
+    wait_for(lambda: made.count("vCPU 0 started") == 1, "its start is over: what moves it now is not libvirt")
     subprocess.run(["taskset", "-pc", "0", str(guest.vcpus()[0].tid)], check=True, capture_output=True)
     wait_for(lambda: read(path)["rtpind_repairs_total",] == 1, "the repair is told")
 
