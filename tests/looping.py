@@ -89,9 +89,10 @@ class OnPaper(Service):
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
-        self.adopted: list[tuple[str, int]] = []
+        self.adopted: list[tuple[str, int, int]] = []
         house: Any = SimpleNamespace(
-            keep=lambda cpus, priority: self.adopted.append((str(cpus), priority)), forget=lambda: None
+            keep=lambda cpus, priority=0, urgent=(): self.adopted.append((str(cpus), priority, len(urgent))),
+            forget=lambda: None,
         )
         self._house = house
 

@@ -45,6 +45,9 @@ _SPARING = 8
 _STIR_S, _STIR_MAX_S = 0.003, 0.2
 _OVERRUN_S = 1.0
 
+#: The names of the threads that tell of what cannot wait: the start of a guest.
+URGENT = (Inotify.name, ProcEvents.name)
+
 #: What is not heard without a layer, and what that means; {} is the policy's period.
 _WITHOUT = {
     CpuEvents.name: (

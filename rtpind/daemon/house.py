@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keeps rtpind's own threads on housekeeping pCPUs and at their priority, whatever moved or made them. No others."""
+"""Keeps rtpind's own threads, and no others, on housekeeping pCPUs, and some realtime, whatever moved or made them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeAlias
 
 from rtpind.core.audit import Kind, Level, Record
@@ -47,11 +47,10 @@ class Housekeeper:
         """Ask the kernel again for what it refused."""
         self._refused = {}
 
-    def keep(self, cpus: CpuSet, priority: int) -> None:
-        """Put every thread on ``cpus``, at FIFO ``priority``; 0: as it was started. A right one is not set again.
+    def keep(self, cpus: CpuSet, priority: int = 0, urgent: Collection[int] = ()) -> None:
+        """Put every thread on ``cpus``, and those whose tid is ``urgent`` at FIFO ``priority``; 0: no thread.
 
-        Without SCHED_RESET_ON_FORK: a thread that begins between two looks is as urgent, as it may hold what the
-        others wait for (Python's lock).
+        All others are as the process was started. What is right is not set again.
         """
         if not cpus:
             return
@@ -60,7 +59,8 @@ class Housekeeper:
             try:
                 now = self._threads.read(tid)
                 self._calm = self._calm or now[1]
-                own = (cpus, Scheduling(Sched.FIFO, priority) if priority else self._calm)
+                realtime = priority and tid in urgent
+                own = (cpus, Scheduling(Sched.FIFO, priority, reset_on_fork=True) if realtime else self._calm)
                 if now != own and self._refused.get(tid) != (own, now):
                     now = self._set(tid, own, now)
             except OSError:

@@ -25,7 +25,7 @@ from rtpind.core.measures import Measures, by_verdict
 from rtpind.core.model import Host
 from rtpind.core.policy import HOUSEKEEPING, Policy
 from rtpind.daemon import commands, policysource
-from rtpind.daemon.events import Event, Events
+from rtpind.daemon.events import URGENT, Event, Events
 from rtpind.daemon.house import Housekeeper, OwnThreads
 from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
@@ -219,11 +219,21 @@ class Service:
         self._reconciler.policy = policy
         self._measures = replace(self._measures, policy=str(self._path), loaded_at=time.time())
         self._house.forget()
-        self._keep_house(self._reconciler.observer.host())
+        # Realtime from the first full pass on, so that the threads that begin before do not inherit that.
+        self._house.keep(policy.pool(HOUSEKEEPING, self._reconciler.observer.host()))
 
     def _keep_house(self, host: Host) -> None:
-        """Keep rtpind's own threads where they belong; realtime while it enforces: who only observes has no hurry."""
-        self._house.keep(self._policy().pool(HOUSEKEEPING, host), self._reconciler.own_priority)
+        """Keep rtpind's own threads where they belong: while it enforces, the loop and who tells of starts are FIFO.
+
+        Not those that talk to others: FIFO takes no turns, and of two threads in libvirt's library, both FIFO on one
+        pCPU, one spun for 19 s while the other never ran (seen), until the connection was given up.
+        """
+        urgent = {
+            thread.native_id or 0
+            for thread in threading.enumerate()
+            if thread is threading.main_thread() or thread.name in URGENT
+        }
+        self._house.keep(self._policy().pool(HOUSEKEEPING, host), self._reconciler.own_priority, urgent)
 
     def _about(self) -> Mapping[str, Any]:
         return {

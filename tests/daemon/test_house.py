@@ -12,7 +12,7 @@ from rtpind.core.model import OTHER, Sched, Scheduling
 from rtpind.daemon.house import Housekeeper, OwnThreads
 from rtpind.host.proc import Proc
 
-FIFO_2 = Scheduling(Sched.FIFO, 2)
+FIFO_2 = Scheduling(Sched.FIFO, 2, reset_on_fork=True)
 
 
 class Threads:
@@ -49,7 +49,7 @@ class Threads:
         self.places[tid] = (cpus, self.places[tid][1])
 
     def keep(self, text, priority=0):
-        self.house.keep(CpuSet.parse(text), priority)
+        self.house.keep(CpuSet.parse(text), priority, {1, 2})
 
 
 def test_every_thread_is_put_there_and_a_right_one_is_left():
@@ -73,20 +73,20 @@ def test_new_threads_and_a_changed_pool_are_followed():
     assert threads.calls == [(2, "0"), (1, "0-1"), (2, "0-1")]
 
 
-def test_every_thread_gets_its_priority_and_a_right_one_is_left():
-    """Those that begin later, too, and another one when the policy says so; 0 is what the process began with."""
-    threads = Threads({1: "0", 2: "0"})
+def test_urgent_threads_get_their_priority_and_a_right_one_is_left():
+    """The others, and all of them when there is none any more, are what the process began with."""
+    threads = Threads({1: "0", 2: "0", 3: "0"})
     batch = Scheduling(Sched.BATCH)
-    threads.places[1] = threads.places[2] = (CpuSet([0]), batch)
+    threads.places = dict.fromkeys(threads.places, (CpuSet([0]), batch))
     threads.keep("0", 2)
-    threads.places[3] = (CpuSet([0]), OTHER)
+    threads.places[4] = (CpuSet([0]), OTHER)
     threads.keep("0", 2)
-    assert threads.calls == [(1, "fifo:2"), (2, "fifo:2"), (3, "fifo:2")]
-    assert {place for _, place in threads.places.values()} == {FIFO_2}
+    assert threads.calls == [(1, "fifo:2"), (2, "fifo:2"), (4, "batch")]
+    assert [place for _, place in threads.places.values()] == [FIFO_2, FIFO_2, batch, batch]
 
     threads.keep("0", 0)
     threads.keep("0", 0)
-    assert threads.calls[3:] == [(1, "batch"), (2, "batch"), (3, "batch")]
+    assert threads.calls[3:] == [(1, "batch"), (2, "batch")]
     assert threads.records == []
 
 
@@ -160,17 +160,17 @@ def test_a_thread_that_ends_meanwhile_is_no_trouble():
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two pCPUs")
 def test_the_kernel_does_it():
-    """On the real one: another user's process would do as well, with CAP_SYS_NICE. Its children inherit it."""
+    """On the real one: another user's process would do as well, with CAP_SYS_NICE."""
     first, records = min(os.sched_getaffinity(0)), []
     child = subprocess.Popen(["sleep", "60"])
     try:
         house = Housekeeper(OwnThreads(Proc(), lambda: [child.pid]), records.append)
-        house.keep(CpuSet([first]), 2)
+        house.keep(CpuSet([first]), 2, {child.pid})
         assert os.sched_getaffinity(child.pid) == {first}
         if not records or os.geteuid() == 0:
-            assert os.sched_getscheduler(child.pid) == os.SCHED_FIFO
+            assert os.sched_getscheduler(child.pid) == os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
             assert os.sched_getparam(child.pid).sched_priority == 2
-        house.keep(CpuSet([first]), 0)
+        house.keep(CpuSet([first]))
         assert os.sched_getscheduler(child.pid) == os.SCHED_OTHER
     finally:
         child.kill()

@@ -140,7 +140,7 @@ def test_a_pcpu_that_goes_offline_makes_it_look_at_everything(loop: Loop) -> Non
     loop.turn(CpusChanged(3, online=False))
 
     assert loop.libvirt.lists == lists + 1
-    assert loop.service.adopted[-1] == ("0-1", 0)
+    assert loop.service.adopted[-1] == ("0-1", 0, 1)
     assert loop.said(Kind.HOTPLUG) == []
 
 
