@@ -193,6 +193,13 @@ def test_a_new_thread_is_looked_at_within_milliseconds(loop: Timed) -> None:
     assert loop.after(Stirred(4711)) == []
 
 
+def test_a_thread_that_begins_after_an_early_look_is_looked_at(loop: Timed) -> None:
+    """A look that was due anyway, shortly before, stands for the one that was asked for; not for who comes later."""
+    loop.service._inbox.look_in(0.002, UUID)
+    assert loop.after(Stirred(PID), 0.0025) == [2]
+    assert loop.after(Stirred(PID)) == [6]
+
+
 def test_a_guest_whose_threads_never_end_to_come_is_looked_at_ever_more_seldom(loop: Timed) -> None:
     """Its flood takes no more of the daemon than five looks a second, and the last thread is seen all the same."""
     looks = []
@@ -226,12 +233,14 @@ def test_what_is_kept_of_a_guest_goes_with_it(loop: Timed) -> None:
     """After a full pass nothing is left of it."""
     loop.service._take(Regrouped(UUID))
     loop.service._take(Stirred(PID))
+    loop.full()
+    assert loop.watches.kept == {UUID}
     loop.world.stop(loop.world.guests[0])
     loop.now += 10
     loop.full()
     events = loop.service._events
 
-    assert loop.watches.pids == set()
+    assert loop.watches.pids == loop.watches.kept == set()
     assert [events._watched, events._pids, events._moving, events._stirred] == [{}, {}, {}, {}]
 
 
