@@ -128,6 +128,8 @@ class Inotify(Listener):
     def _drop(self, which: Callable[[str, str], bool]) -> None:
         """Watch some cgroups no more, with those of the threads in them (UUID, directory)."""
         gone = {place for place in self._guests.values() if which(*place)}
+        if not gone:
+            return
         for watches in (self._guests, self._threads):
             for watch, (uuid, directory) in tuple(watches.items()):
                 if (uuid, directory) in gone or (uuid, os.path.dirname(directory)) in gone:

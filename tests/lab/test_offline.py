@@ -24,7 +24,7 @@ def test_a_spinning_vcpu_on_the_only_pcpu_of_the_host_is_taken_off_it(scene: Sce
     try:
         if ladder == "default":
             scene.run(_DEFAULT)
-            assert "1" in scene.run("ps -o rtprio= -p $(pgrep ktimers/0)").out
+            assert scene.run("ps -o rtprio= -p $(pgrep ktimers/0)").out.strip() == "1"
         scene.host.call("set_place", tid=spinning.vcpus()[0].tid, cpus=list(scene.housekeeping))
         scene.wait_for(lambda: scene.count("moved by somebody"), "rtpind has seen it", every_s=3)
         scene.wait_for(lambda: scene.alone([spinning]), "the vCPU is back")
