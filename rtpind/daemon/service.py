@@ -31,7 +31,7 @@ from rtpind.daemon.inbox import Inbox
 from rtpind.daemon.reconcile import Reconciler, View
 from rtpind.host.control import Answer, ControlServer
 from rtpind.host.journal import notify, watchdog_s
-from rtpind.host.metrics import MetricsFile, Unwritten
+from rtpind.host.metrics import Metrics, Unwritten
 
 _ANSWER_S = 10.0
 
@@ -66,7 +66,7 @@ class Service:
         self._control = ControlServer(self._answer_from_thread, reconciler.file.directory)
         self._events = Events(reconciler, self._inbox, self._say, self._hurry)
         self._house = Housekeeper(OwnThreads(reconciler.observer.proc), reconciler.emit)
-        self._metrics: MetricsFile | None = None
+        self._metrics = Metrics(self._inbox.post)
         self._measures = Measures()
         self._stopping = False
         self._full_due = 0.0
@@ -249,7 +249,7 @@ class Service:
 
     def _measure(self, view: View, took_s: float) -> None:
         """Take the measures of a full pass, if anybody wants them."""
-        if self._metrics is None:
+        if not self._policy().metrics_dir:
             return
         threads = by_verdict(view.decision, self._reconciler.memory, view.snapshot)
         self._measures = replace(self._measures, threads=threads, passed_at=time.time(), pass_s=took_s)
@@ -257,15 +257,8 @@ class Service:
 
     def _publish(self) -> None:
         """Have the measures written where the policy in force says; withdraw the file where it says so no more."""
-        wanted = Path(self._policy().metrics_dir) if self._policy().metrics_dir else None
-        if self._metrics is not None and wanted != self._metrics.path.parent:
-            self._metrics.withdraw()
-            self._metrics = None
-        if wanted is not None and self._metrics is None:
-            self._metrics = MetricsFile(wanted, self._inbox.post)
-            self._metrics.start()
-        if self._metrics is not None:
-            self._metrics.write(replace(self._measures, tally=self._reconciler.tally, mode=self._mode()))
+        measures = replace(self._measures, tally=self._reconciler.tally, mode=self._mode())
+        self._metrics.write(self._policy().metrics_dir, measures)
 
     # --- telling ----------------------------------------------------------------------------------------------
 

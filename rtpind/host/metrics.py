@@ -78,6 +78,26 @@ class MetricsFile:
             self._said = ""
 
 
+class Metrics:
+    """The file, in whatever directory is named last; ``post`` is told what could not be written."""
+
+    def __init__(self, post: Callable[[Unwritten], None]) -> None:
+        self._post = post
+        self._file: MetricsFile | None = None
+
+    def write(self, directory: str, measures: Measures) -> None:
+        """Have measures written there, and the file of another directory withdrawn; "": nowhere. Returns at once."""
+        wanted = Path(directory) if directory else None
+        if self._file is not None and wanted != self._file.path.parent:
+            self._file.withdraw()
+            self._file = None
+        if wanted is not None and self._file is None:
+            self._file = MetricsFile(wanted, self._post)
+            self._file.start()
+        if self._file is not None:
+            self._file.write(measures)
+
+
 def write_file(path: Path, measures: Measures) -> None:
     """Replace the file by one with these measures. Raises OSError; the old file then still stands."""
     from prometheus_client import CollectorRegistry, write_to_textfile

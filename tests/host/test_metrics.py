@@ -15,7 +15,7 @@ from trees import until
 from rtpind.core.audit import Result
 from rtpind.core.measures import Measures, Tally
 from rtpind.core.verdict import Verdict
-from rtpind.host.metrics import MetricsFile, Unwritten, write_file
+from rtpind.host.metrics import Metrics, MetricsFile, Unwritten, write_file
 
 MEASURES = Measures(
     threads=dict.fromkeys(Verdict, 0) | {Verdict.OK: 7, Verdict.NO_FIFO: 1},
@@ -153,3 +153,19 @@ def test_a_withdrawn_file_is_removed(metrics):
     made.withdraw()
     until(lambda: not made.path.exists(), "removed")
     never.withdraw()
+
+
+def test_they_follow_the_directory_that_is_named_last(tmp_path, metrics):
+    """A policy that names another directory, or none, leaves no file behind that nobody keeps up to date."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    made = Metrics(metrics[1].append)
+    made.write("", MEASURES)
+    made.write(str(one), MEASURES)
+    until((one / "rtpind.prom").exists, "written")
+    made.write(str(other), MEASURES)
+    until(lambda: (other / "rtpind.prom").exists() and not any(one.iterdir()), "moved")
+    made.write("", MEASURES)
+    until(lambda: not any(other.iterdir()), "removed")
+    assert not metrics[1]
