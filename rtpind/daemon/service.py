@@ -34,6 +34,8 @@ from rtpind.host.journal import notify, watchdog_s
 from rtpind.host.metrics import Metrics, Unwritten
 
 _ANSWER_S = 10.0
+#: What a fault in one step has lost, such as a look that was due, a look at everything finds so much later.
+_FAULT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,24 +121,27 @@ class Service:
 
     def _turn(self, items: list[Item]) -> None:
         """Take what was posted, then do the passes that are due."""
-        for item in items:
-            self._survive(self._take, item)
+        done = [self._survive(self._take, item) for item in items]
         due = self._inbox.take_due() & self._reconciler.domains.keys()
         if time.monotonic() >= self._full_due:
             self._survive(self._full)
         elif due and self._events.listed:  # else the other guests are not known, and their pCPUs would be given out
-            self._survive(self._pass, due)
+            done.append(self._survive(self._pass, due))
+        if not all(done):  # a fault in the full pass waits for the next one: it may stay for good
+            self._hurry(_FAULT_S)
 
-    def _survive(self, do: Callable[..., object], *what: object) -> None:
-        """Do one thing. The one place where a fault is caught: guests stay managed whatever one thing trips over."""
+    def _survive(self, do: Callable[..., object], *what: object) -> bool:
+        """Do one thing; return whether it was done. The one place where a fault is caught: guests stay managed."""
         try:
             do(*what)
+            return True
         except Exception as error:
             self._faults += 1
             where = traceback.extract_tb(error.__traceback__)[-1]
             told = f"{type(error).__name__}: {error}"  # of an OSError, that names the file, and repr() does not
             text = f"a fault in rtpind, one step was given up: {told} at {where.filename}:{where.lineno}"
             self._say(Kind.FAULT, text, Level.ERROR)
+            return False
 
     def _take(self, item: Item) -> None:
         match item:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rtpind.core.model import Traits
 from rtpind.host.details import Described
 from rtpind.host.hypervisor import METADATA, Changed, Domain, Listed
 from rtpind.host.listener import Unheard
+from rtpind.host.procevents import Stirred
 from rtpind.host.udev import CpusChanged
 
 TRAITS = Traits(flavor="rt")
@@ -155,3 +157,41 @@ def test_a_kernel_that_is_not_heard_is_said(loop: Loop, layer: str, what: str) -
     assert text.startswith(f"the kernel's events about {what} cannot ")
     assert "heard (EPERM)" in text
     assert text.endswith("within 10 s")
+
+
+def broken(*_: object) -> None:
+    """Stand for whatever a step may trip over."""
+    raise RuntimeError("planted")
+
+
+def test_a_look_that_a_fault_took_is_made_up_for(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soon, by a look at everything: what was due is off the timetable, and the period may be an hour."""
+    loop.full()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.service._reconciler, "run", broken)
+        loop.turn(Changed(DOMAIN, "lifecycle"))
+
+    assert loop.said(Kind.FAULT)[0].startswith("a fault in rtpind, one step was given up: RuntimeError: planted at ")
+    assert loop.service._full_due - time.monotonic() <= 1
+
+
+def test_an_event_that_a_fault_took_is_made_up_for(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other events of the turn are taken all the same."""
+    loop.full()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.service._events, "_stir", broken)
+        loop.turn(Stirred(PID, kernel=False), Changed(Domain(uuid_of(3000), "rt-2"), "lifecycle"))
+
+    assert len(loop.said(Kind.FAULT)) == 1
+    assert "rt-2" in loop.service._reconciler.domains.values()
+    assert loop.service._full_due - time.monotonic() <= 1
+
+
+def test_a_fault_in_a_full_pass_waits_for_the_next(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that stays must not become a pass a second."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.service._reconciler, "run", broken)
+        loop.full()
+
+    assert len(loop.said(Kind.FAULT)) == 1
+    assert loop.service._full_due - time.monotonic() > 5
