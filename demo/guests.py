@@ -42,6 +42,14 @@ BOOT = {
     ),
 }
 
+#: Has libvirt take QEMU for one that knows its CPU's features by words: it then asks for these, and not for each of
+#: 400 features. That is most of a start where the host is emulated: QEMU reads its monitor byte by byte.
+_FEW_QUESTIONS = """
+  <qemu:capabilities xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+    <qemu:del capability='cpu-unavailable-features'/>
+  </qemu:capabilities>
+"""
+
 _XML = """
 <domain type='{kind}'>
   <name>{name}</name><uuid>{uuid}</uuid>
@@ -56,7 +64,7 @@ _XML = """
       <driver name='qemu' type='raw'/><source file='{image}'/><target dev='fda'/><readonly/>
     </disk>
     <memballoon model='none'/>{devices}
-  </devices>
+  </devices>{more}
 </domain>
 """
 
@@ -212,10 +220,12 @@ class Lab:
         shared: bool = False,
         paused: bool = False,
         firmware: bool = True,
+        few_questions: bool = False,
     ) -> Guest:
         """Start a guest ``PREFIX-name``. ``kind``: qemu (TCG) or kvm. Raises libvirt.libvirtError.
 
-        Without ``firmware`` it runs ``idle``, ``spin`` or ``count`` from its first instruction on.
+        Without ``firmware`` it runs ``idle``, ``spin`` or ``count`` from its first instruction on. With
+        ``few_questions`` libvirt does not ask QEMU about each feature of the CPU, which takes long on a slow host.
         """
         image = self._file(f"{boot}.img", BOOT[boot].ljust(510, b"\0") + b"\x55\xaa")
         rom = self._file(f"{boot}.rom", BOOT[boot][:16].ljust(16, b"\0").rjust(0x10000, b"\0"))
@@ -234,6 +244,7 @@ class Lab:
             cpuset=f" cpuset='{cpuset}'" if cpuset else "",
             devices=devices,
             image=image,
+            more=_FEW_QUESTIONS if few_questions else "",
             loader="" if firmware else f"<loader readonly='yes' type='rom'>{rom}</loader>",
         )
         dom = self.conn.createXML(xml, libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)

@@ -42,7 +42,7 @@ def lab() -> Lab:
 
 def start(name: str, *, firmware: bool = False, **options: Any) -> dict[str, Any]:
     """Start a guest ``rt-NAME`` (see demo.guests.Lab.start). Firmware takes 20 s of a CPU under TCG in TCG."""
-    guest = lab().start(name, firmware=firmware, **options)
+    guest = lab().start(name, firmware=firmware, few_questions=True, **options)
     _by_name[guest.name] = guest
     return {"name": guest.name, "uuid": guest.uuid, "pid": guest.pid}
 
@@ -55,6 +55,17 @@ def destroy(names: list[str]) -> None:
         if guest is not None:
             guest.destroy()
             connected.guests.pop(guest.uuid, None)
+
+
+def clear() -> None:
+    """End all guests, also those that scenarios defined or that came from elsewhere, and forget their definitions."""
+    destroy([])
+    everything = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    for dom in lab().conn.listAllDomains():
+        with contextlib.suppress(libvirt.libvirtError):
+            dom.destroy()
+        with contextlib.suppress(libvirt.libvirtError):
+            dom.undefineFlags(everything)
 
 
 def domain(name: str, method: str, arguments: list[Any]) -> Any:
