@@ -168,6 +168,8 @@ class Shape:
             f"isolcpus=managed_irq,domain,{cpus} nohz_full={cpus} rcu_nocbs={cpus}",
             # RCU above a FIFO vCPU, wherever that lands; the agent raises the other kernel threads.
             "rcutree.kthread_prio=4",
+            # Else Linux takes the HPET for its clock: emulated, and without a vDSO each look at it is a system call.
+            "tsc=reliable clocksource=tsc",
             "mitigations=off audit=0 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 systemd.show_status=no",
         ]
         return " ".join(words)
