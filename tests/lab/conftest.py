@@ -131,14 +131,20 @@ def staged(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
     directory = RESULTS / re.sub(r"[^\w.-]+", "_", request.node.name) / host.shape.name
     shutil.rmtree(directory, ignore_errors=True)
     made = Scene(host)
-    made.clear()
+    if host.used:
+        made.clear()
+    host.used = True
     yield made
     failure = request.node.stash.get(FAILED, "")
     if failure:
         host.dump(directory)
         (directory / "failure.txt").write_text(failure)
     if host.running():
-        made.clear()
+        try:
+            made.clear()
+        except Exception:
+            host.dump(directory)
+            raise
 
 
 @pytest.fixture

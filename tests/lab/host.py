@@ -54,6 +54,7 @@ class LabHost:
         self.shape = shape
         self.boot_s = 0.0
         self.continued = False
+        self.used = False  # whether a scenario has begun to use it, and what that left is still there
         self._dir = Path(tempfile.mkdtemp(prefix=f"rtpind-lab-{shape.name}-", dir="/var/tmp"))
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None

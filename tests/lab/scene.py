@@ -280,10 +280,9 @@ class Scene:
 
     def clear(self) -> None:
         """End guests and rtpind and forget what it knew; the host is as after the installation."""
-        self.host.call("destroy", names=[])
+        self.host.call("clear")
         self.run("systemctl stop rtpind; systemctl reset-failed rtpind; rm -rf /run/rtpind", check=False)
-        end = "virsh -q destroy $name; virsh -q undefine --managed-save --snapshots-metadata $name"
-        self.run(f"for name in $(virsh -q list --all --name); do {end}; done", check=False)
+        self.host.used = False
 
 
 def violations(guests: Iterable[Guest]) -> list[tuple[str, str]]:
