@@ -7,3 +7,6 @@ __version__ = "0.1.0"
 
 #: Where the host's policy is.
 POLICY_FILE = Path("/etc/rtpind.yaml")
+
+#: The exit code for a policy with problems: sysexits.h. systemd does not restart after it (RestartPreventExitStatus=).
+EXIT_CONFIG = 78

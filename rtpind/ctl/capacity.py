@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import replace
 
-from rtpind import POLICY_FILE
+from rtpind import EXIT_CONFIG, POLICY_FILE
 from rtpind.core.capacity import Shape, made_up_host, table
 from rtpind.core.cpuset import CpuListError, CpuSet
 from rtpind.core.ledger import Ledger
@@ -19,7 +19,6 @@ from rtpind.ctl import show
 from rtpind.ctl.checkconfig import print_problems
 from rtpind.ctl.look import look
 from rtpind.daemon import policysource, report
-from rtpind.daemon.main import EXIT_CONFIG
 
 _SHAPE = re.compile(r"([1-9]\d{0,2})x([1-9]\d{0,2})(?:x([1-8]))?((?:,(?:l3|dies|nodes)=[1-9]\d{0,2})*)", re.ASCII)
 _PARTS = {"l3": "caches", "dies": "dies", "nodes": "nodes"}

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
+from rtpind import EXIT_CONFIG
 from rtpind.core.document import Problem
 from rtpind.ctl import show
 from rtpind.daemon import policysource, report
-from rtpind.daemon.main import EXIT_CONFIG
 from rtpind.daemon.observe import Observer
 
 

@@ -11,12 +11,8 @@ from typing import Any
 
 from rtpind.core.audit import Kind, Level, Record
 from rtpind.ctl import show
-from rtpind.ctl.look import running
 from rtpind.daemon import report
-from rtpind.daemon.observe import Observer
-from rtpind.daemon.reconcile import Reconciler
 from rtpind.host.control import UnreachableError, ask
-from rtpind.host.journal import Journal
 from rtpind.host.ledgerfile import BusyError, LedgerFile
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -72,6 +68,11 @@ def _do(options: argparse.Namespace, request: dict[str, Any]) -> int:
 
 def _without_daemon(options: argparse.Namespace, request: dict[str, Any], why: Exception) -> dict[str, Any]:
     """Do it ourselves, by the same code, under the daemon's lock."""
+    from rtpind.ctl.look import running  # with all of the daemon
+    from rtpind.daemon.observe import Observer
+    from rtpind.daemon.reconcile import Reconciler
+    from rtpind.host.journal import Journal
+
     file = LedgerFile(options.state_dir)
     try:
         file.lock()

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rtpind import POLICY_FILE
+from rtpind import EXIT_CONFIG, POLICY_FILE
 from rtpind.core.capacity import one_more
 from rtpind.ctl import show
 from rtpind.ctl.checkconfig import print_problems
 from rtpind.ctl.look import Looked, look
 from rtpind.daemon import report
-from rtpind.daemon.main import EXIT_CONFIG
 from rtpind.daemon.reconcile import View
 from rtpind.host.control import UnreachableError, ask
 

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from rtpind import POLICY_FILE, __version__
+from rtpind import EXIT_CONFIG, POLICY_FILE, __version__
 from rtpind.core.audit import Kind, Level, Record
 from rtpind.daemon import policysource
 from rtpind.daemon.observe import Observer
@@ -16,9 +16,6 @@ from rtpind.daemon.reconcile import Reconciler
 from rtpind.daemon.service import Service
 from rtpind.host.journal import Journal
 from rtpind.host.ledgerfile import STATE_DIR, BusyError, LedgerFile
-
-#: sysexits.h EX_CONFIG: systemd does not restart after it (RestartPreventExitStatus=).
-EXIT_CONFIG = 78
 
 
 def parser() -> argparse.ArgumentParser:

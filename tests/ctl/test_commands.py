@@ -21,6 +21,7 @@ from rtpind.daemon.observe import Observer
 from rtpind.host.hypervisor import list_once
 from rtpind.host.ledgerfile import LedgerFile
 
+ROOT = Path(__file__).resolve().parents[2]
 NOWHERE = "qemu+unix:///system?socket=/nonexistent"
 #: Commands that need a policy, with what they need besides.
 WITH_POLICY = [["plan"], ["explain", "some-guest"]]
@@ -266,6 +267,24 @@ def test_the_daemon_does_what_was_asked(daemon, run, run_json, words, request_):
     assert run_json("hands", *words) == (0, {"version": 1, "guests": {"a": "done"}}, "")
     assert run(*words) == (0, "a: done\n", "")
     assert asked == [request_, request_]
+
+
+@pytest.mark.parametrize(
+    ("words", "spared"),
+    [
+        (["status"], ["libvirt", "jsonschema"]),
+        (["manage"], ["libvirt", "jsonschema"]),
+        (["check-config", str(ROOT / "etc/rtpind.yaml")], ["libvirt", "systemd"]),
+    ],
+)
+def test_a_command_loads_what_it_needs(made, daemon, tmp_path, words, spared):
+    """Half of the time of a command is its start: what only others need is left out where a daemon answers."""
+    daemon({"ok": made.status() if words == ["status"] else {"guests": {}}})
+    words = [words[0], "--state-dir", str(tmp_path), *words[1:]]
+    script = f"import sys; from rtpind.ctl.main import main; main({words!r}); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert not set(spared) & set(done.stderr.split())
 
 
 @pytest.mark.parametrize(

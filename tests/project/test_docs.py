@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from factories import host
 
+from rtpind import EXIT_CONFIG
 from rtpind.core.audit import Kind, Result
 from rtpind.core.plan import Reason
 from rtpind.core.policyfile import load
 from rtpind.core.verdict import Verdict
 from rtpind.ctl.main import parser as rtpinctl_parser
-from rtpind.daemon.main import EXIT_CONFIG
 from rtpind.daemon.main import parser as rtpind_parser
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rtpind import EXIT_CONFIG
 from rtpind.core.audit import Kind
-from rtpind.daemon.main import EXIT_CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = ROOT / "systemd/rtpind.service"
