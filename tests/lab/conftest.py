@@ -143,7 +143,7 @@ def staged(host: LabHost, request: pytest.FixtureRequest) -> Iterator[Scene]:
         try:
             made.clear()
         except Exception:
-            host.dump(directory)
+            host.dump(directory / "clear")
             raise
 
 

@@ -242,6 +242,7 @@ class LabHost:
         (directory / "console.log").write_text(self.console)
         commands = {
             "journal.txt": "journalctl -b --no-pager -o short-precise",
+            "journal-of-the-boot-before.txt": "journalctl -b -1 --no-pager -o short-precise | tail -n 1000",
             "rtpind.txt": "journalctl -b --no-pager -o verbose -t rtpind",
             "threads.txt": "ps -eLo pid,tid,cls,rtprio,psr,stat,wchan:20,comm,args; for p in $(pgrep qemu-system);"
             " do echo; taskset -apc $p; cat /proc/$p/task/*/cgroup; done",

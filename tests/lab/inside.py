@@ -66,6 +66,8 @@ def clear() -> None:
             dom.destroy()
         with contextlib.suppress(libvirt.libvirtError):
             dom.undefineFlags(everything)
+    if left := [dom.name() for dom in lab().conn.listAllDomains()]:
+        raise RuntimeError(f"still there: {', '.join(left)}")
 
 
 def domain(name: str, method: str, arguments: list[Any]) -> Any:

@@ -49,7 +49,9 @@ class Saved:
 def saved(name: str, command: Sequence[str], files: Sequence[Path]) -> Saved:
     """Return where the host of a shape is kept that QEMU ran with this command and that was given these files."""
     version = subprocess.run([command[0], "--version"], check=True, capture_output=True, text=True).stdout
-    parts = [version, *command, *(file.read_text() for file in files)]
+    # TCG's TSC is the machine's own, and what Linux takes for its frequency is kept with the rest.
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    parts = [version, model, *command, *(file.read_text() for file in files)]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return Saved(cache() / f"saved-{name}-{key}")
 
