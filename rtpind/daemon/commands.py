@@ -17,8 +17,8 @@ LOOKS = frozenset({"status", "explain"})
 
 def answer(request: Answer, reconciler: Reconciler, about: Mapping[str, Any]) -> Answer:
     """Return ``{"ok": DOCUMENT}`` or ``{"error": TEXT}``; ``about`` is what status says of the daemon."""
-    names = [str(name) for name in request.get("guests") or []]
     try:
+        names = [str(name) for name in request.get("guests") or []]
         match request.get("do"):
             case "status":
                 return {"ok": _status(reconciler, about)}
@@ -33,7 +33,7 @@ def answer(request: Answer, reconciler: Reconciler, about: Mapping[str, Any]) ->
                 done = reconciler.manage(names)
             case unknown:
                 return {"error": f"this daemon does not know {unknown!r}"}
-    except (LookupError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, OverflowError) as error:
         return {"error": str(error.args[0] if error.args else error)}
     return {"ok": {"version": report.VERSION, "guests": done}}
 

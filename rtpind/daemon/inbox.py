@@ -60,3 +60,20 @@ class Inbox(Generic[Item]):
         while self._due and self._due[0][0] <= now:
             found.add(heapq.heappop(self._due)[1])
         return found
+
+
+class Backoff:
+    """How long to wait before what failed is tried again: ever longer, and from the beginning after a calm."""
+
+    FIRST_S, CALM_S = 1.0, 60.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._at, self._wait_s = float("-inf"), 0.0
+
+    def next_s(self, most_s: float) -> float:
+        """Take note of a failure; return the seconds to wait, at most ``most_s``."""
+        now = self._clock()
+        calm = now - self._at > self._wait_s + self.CALM_S
+        self._at, self._wait_s = now, min(self.FIRST_S if calm else 2 * self._wait_s, most_s)
+        return self._wait_s

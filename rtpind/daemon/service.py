@@ -27,15 +27,13 @@ from rtpind.core.policy import HOUSEKEEPING, Policy
 from rtpind.daemon import commands, policysource
 from rtpind.daemon.events import URGENT, Event, Events
 from rtpind.daemon.house import Housekeeper, OwnThreads
-from rtpind.daemon.inbox import Inbox
+from rtpind.daemon.inbox import Backoff, Inbox
 from rtpind.daemon.reconcile import Reconciler, View
 from rtpind.host.control import Answer, ControlServer
 from rtpind.host.journal import notify, watchdog_s
 from rtpind.host.metrics import Metrics, Unwritten
 
 _ANSWER_S = 10.0
-#: What a fault in one step has lost, such as a look that was due, a look at everything finds so much later.
-_FAULT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +74,13 @@ class Service:
         self._counts = "no pass yet"
         self._counted: Decision | None = None
         self._faults = 0
+        self._backoff = Backoff()
         self._passes = 0
 
     # --- from other threads: only post -----------------------------------------------------------------------
 
     def _answer_from_thread(self, request: Answer, trusted: bool) -> Answer:
-        if not trusted and request.get("do") not in commands.LOOKS:
+        if not trusted and str(request.get("do")) not in commands.LOOKS:  # whatever JSON has, such as a list
             return {"error": "only root and the daemon's own user may change something"}
         asked = Asked(request)
         self._inbox.post(asked)
@@ -121,14 +120,14 @@ class Service:
 
     def _turn(self, items: list[Item]) -> None:
         """Take what was posted, then do the passes that are due."""
-        done = [self._survive(self._take, item) for item in items]
+        done = [self._survive(self._take, item) or isinstance(item, Asked) for item in items]
         due = self._inbox.take_due() & self._reconciler.domains.keys()
         if time.monotonic() >= self._full_due:
-            self._survive(self._full)
+            done = [self._survive(self._full)]
         elif due and self._events.listed:  # else the other guests are not known, and their pCPUs would be given out
             done.append(self._survive(self._pass, due))
-        if not all(done):  # a fault in the full pass waits for the next one: it may stay for good
-            self._hurry(_FAULT_S)
+        if not all(done):  # a look at everything makes up for what was due
+            self._hurry(self._backoff.next_s(self._policy().period_s))
 
     def _survive(self, do: Callable[..., object], *what: object) -> bool:
         """Do one thing; return whether it was done. The one place where a fault is caught: guests stay managed."""
@@ -173,7 +172,7 @@ class Service:
                 answer = {"error": error, "daemon": self._about()}
         finally:
             asked.reply.put(answer)
-        if asked.request.get("do") not in commands.LOOKS:
+        if str(asked.request.get("do")) not in commands.LOOKS:
             self._full_due = 0.0
 
     def _full(self) -> None:
@@ -254,10 +253,9 @@ class Service:
 
     def _measure(self, view: View, took_s: float) -> None:
         """Take the measures of a full pass, if anybody wants them."""
-        if not self._policy().metrics_dir:
-            return
-        threads = by_verdict(view.decision, self._reconciler.memory, view.snapshot)
-        self._measures = replace(self._measures, threads=threads, passed_at=time.time(), pass_s=took_s)
+        if self._policy().metrics_dir:
+            threads = by_verdict(view.decision, self._reconciler.memory, view.snapshot)
+            self._measures = replace(self._measures, threads=threads, passed_at=time.time(), pass_s=took_s)
         self._publish()
 
     def _publish(self) -> None:

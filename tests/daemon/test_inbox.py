@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rtpind.daemon.inbox import Inbox
+from rtpind.daemon.inbox import Backoff, Inbox
 
 
 class Clock:
@@ -171,3 +171,16 @@ def test_nothing_posted_by_many_is_lost(inbox):
 
     for name in range(8):
         assert [n for who, n in found if who == name] == list(range(500))
+
+
+def test_what_fails_again_waits_longer_until_there_was_a_calm(clock):
+    """Twice as long each time, never longer than asked for, and from the beginning after a quiet minute."""
+    backoff = Backoff(clock)
+    waits = []
+    for _ in range(6):
+        waits.append(backoff.next_s(10.0))
+        clock.now += waits[-1]
+    clock.now += 61
+
+    assert waits == [1, 2, 4, 8, 10, 10]
+    assert [backoff.next_s(0.5), backoff.next_s(10.0)] == [0.5, 1]

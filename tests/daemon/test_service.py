@@ -10,10 +10,12 @@ import pytest
 from factories import PID, guest, host, uuid_of
 from looping import DOMAIN, NAME, UUID, Loop
 from simulated import World
+from trees import until
 
 from rtpind.core.audit import Kind
 from rtpind.core.ledger import Process
 from rtpind.core.model import Traits
+from rtpind.daemon.service import Asked
 from rtpind.host.details import Described
 from rtpind.host.hypervisor import METADATA, Changed, Domain, Listed
 from rtpind.host.listener import Unheard
@@ -187,11 +189,43 @@ def test_an_event_that_a_fault_took_is_made_up_for(loop: Loop, monkeypatch: pyte
     assert loop.service._full_due - time.monotonic() <= 1
 
 
-def test_a_fault_in_a_full_pass_waits_for_the_next(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that stays must not become a pass a second."""
+def test_a_fault_that_stays_is_met_ever_more_seldom(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In full passes and others: it must not become a pass a second, and what events ask for comes in between."""
+    waits = []
     with monkeypatch.context() as patch:
         patch.setattr(loop.service._reconciler, "run", broken)
-        loop.full()
+        for _ in range(3):
+            loop.full()
+            waits.append(loop.service._full_due - time.monotonic())
+            loop.turn(Changed(DOMAIN, "lifecycle"))
+            waits.append(loop.service._full_due - time.monotonic())
 
-    assert len(loop.said(Kind.FAULT)) == 1
-    assert loop.service._full_due - time.monotonic() > 5
+    assert len(loop.said(Kind.FAULT)) == 6
+    # A partial pass that fails waits longer than the full one before it, which is due all the same.
+    assert [round(wait) for wait in waits] == [1, 1, 4, 4, 10, 10]
+
+
+def test_what_was_due_is_looked_at_after_the_fault(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full pass that fails takes the looks that were due with it; the next one sees to them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.service._reconciler, "run", broken)
+        loop.service._full_due = 0.0
+        loop.turn(Changed(Domain(uuid_of(3000), "rt-2"), "lifecycle"))
+    loop.world.guests.append(guest("rt-2", pid=3000))
+    loop.world.tasks |= World(host(), [loop.world.guests[1]]).tasks
+    until(lambda: loop.turn() or any(pid == 3000 for pid, _ in loop.libvirt.take()), "looked at")
+
+
+@pytest.mark.parametrize("request_", [{"do": "status", "guests": 5}, {"do": []}, {"do": "pause", "seconds": 10**400}])
+def test_a_question_that_makes_no_sense_is_answered_and_costs_no_look(loop: Loop, request_: dict[str, object]) -> None:
+    """Whatever JSON can say, from whoever may ask: an error, no fault, and no pass."""
+    loop.full()
+    due = loop.service._full_due
+    asked = Asked(request_)
+    loop.turn(asked)
+
+    assert "error" in asked.reply.get_nowait()
+    assert loop.said(Kind.FAULT) == []
+    if request_["do"] == "status":
+        assert loop.service._full_due == due
+    assert loop.service._answer_from_thread({"do": []}, False)["error"].startswith("only root")
