@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fixtures of the lab: a host for each shape, booted once and shared; each scenario finds it as after installation.
+"""Fixtures of the lab: a host for each shape, booted once and shared; rtpind is installed, and nothing runs yet.
 
 Scenarios run with ``--lab`` or RTPIND_LAB=1 only. ``@pytest.mark.lab("small", "trixie-rt")`` names the shapes that one
 runs on; RTPIND_LAB_TURNS=10 runs each so often. With pytest-xdist the scenarios of one shape stay together in one

@@ -279,7 +279,7 @@ class Scene:
         return [found for guest, places in zip(guests, before, strict=True) for found in guest.moved(places)]
 
     def clear(self) -> None:
-        """End guests and rtpind and forget what it knew; the host is as after the installation."""
+        """End guests and rtpind and forget what it knew. Files stay, the policy too: a scenario writes its own."""
         self.host.call("clear")
         self.run("systemctl stop rtpind; systemctl reset-failed rtpind; rm -rf /run/rtpind", check=False)
         self.host.used = False
