@@ -229,3 +229,17 @@ def test_a_question_that_makes_no_sense_is_answered_and_costs_no_look(loop: Loop
     if request_["do"] == "status":
         assert loop.service._full_due == due
     assert loop.service._answer_from_thread({"do": []}, False)["error"].startswith("only root")
+
+
+def test_a_fault_in_an_answer_costs_no_look(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost but the answer, and who may only look must not have everything looked at."""
+    loop.full()
+    due = loop.service._full_due
+    asked = Asked({"do": "status"})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.service._reconciler, "view", broken)
+        loop.turn(asked)
+
+    assert asked.reply.get_nowait() == {"error": "a fault in rtpind; see the journal"}
+    assert len(loop.said(Kind.FAULT)) == 1
+    assert loop.service._full_due == due
