@@ -11,8 +11,10 @@ from rtpind.daemon.reconcile import Reconciler
 from rtpind.host import others
 from rtpind.host.control import Answer
 
-#: Requests that change nothing.
-LOOKS = frozenset({"status", "explain"})
+
+def only_looks(request: Answer) -> bool:
+    """Return whether a request, whatever JSON it is made of, changes nothing."""
+    return request.get("do") in ("status", "explain")
 
 
 def answer(request: Answer, reconciler: Reconciler, about: Mapping[str, Any]) -> Answer:

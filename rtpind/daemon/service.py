@@ -80,7 +80,7 @@ class Service:
     # --- from other threads: only post -----------------------------------------------------------------------
 
     def _answer_from_thread(self, request: Answer, trusted: bool) -> Answer:
-        if not trusted and str(request.get("do")) not in commands.LOOKS:  # whatever JSON has, such as a list
+        if not trusted and not commands.only_looks(request):
             return {"error": "only root and the daemon's own user may change something"}
         asked = Asked(request)
         self._inbox.post(asked)
@@ -162,6 +162,8 @@ class Service:
         """Answer a command, unless it has given up waiting."""
         if asked.given_up.is_set():
             return
+        if not commands.only_looks(asked.request):
+            self._full_due = 0.0  # also after a fault: half of it may be done
         answer: Answer = {"error": "a fault in rtpind; see the journal"}
         try:
             if self._events.listed:
@@ -172,8 +174,6 @@ class Service:
                 answer = {"error": error, "daemon": self._about()}
         finally:
             asked.reply.put(answer)
-        if str(asked.request.get("do")) not in commands.LOOKS:
-            self._full_due = 0.0
 
     def _full(self) -> None:
         """Look at everything, and have libvirt asked who runs: the net under all events."""

@@ -10,7 +10,6 @@ import pytest
 from factories import PID, guest, host, uuid_of
 from looping import DOMAIN, NAME, UUID, Loop
 from simulated import World
-from trees import until
 
 from rtpind.core.audit import Kind
 from rtpind.core.ledger import Process
@@ -205,17 +204,6 @@ def test_a_fault_that_stays_is_met_ever_more_seldom(loop: Loop, monkeypatch: pyt
     assert [round(wait) for wait in waits] == [1, 1, 4, 4, 10, 10]
 
 
-def test_what_was_due_is_looked_at_after_the_fault(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full pass that fails takes the looks that were due with it; the next one sees to them."""
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.service._reconciler, "run", broken)
-        loop.service._full_due = 0.0
-        loop.turn(Changed(Domain(uuid_of(3000), "rt-2"), "lifecycle"))
-    loop.world.guests.append(guest("rt-2", pid=3000))
-    loop.world.tasks |= World(host(), [loop.world.guests[1]]).tasks
-    until(lambda: loop.turn() or any(pid == 3000 for pid, _ in loop.libvirt.take()), "looked at")
-
-
 @pytest.mark.parametrize("request_", [{"do": "status", "guests": 5}, {"do": []}, {"do": "pause", "seconds": 10**400}])
 def test_a_question_that_makes_no_sense_is_answered_and_costs_no_look(loop: Loop, request_: dict[str, object]) -> None:
     """Whatever JSON can say, from whoever may ask: an error, no fault, and no pass."""
@@ -243,3 +231,15 @@ def test_a_fault_in_an_answer_costs_no_look(loop: Loop, monkeypatch: pytest.Monk
     assert asked.reply.get_nowait() == {"error": "a fault in rtpind; see the journal"}
     assert len(loop.said(Kind.FAULT)) == 1
     assert loop.service._full_due == due
+
+
+def test_a_fault_in_a_command_has_everything_looked_at(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a release may be done: what is there now is seen in the same turn."""
+    loop.full()
+    lists = loop.libvirt.lists
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.service._reconciler, "release", broken)
+        loop.turn(Asked({"do": "release", "guests": []}))
+
+    assert len(loop.said(Kind.FAULT)) == 1
+    assert loop.libvirt.lists == lists + 1
